@@ -19,7 +19,7 @@ from hra_fx.config import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import reshard
+from hra_fx.layers.sharding import first_split, reshard
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, root_of, unwrap
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
@@ -113,6 +113,11 @@ def protect(
     if isinstance(samples, nn.Module):
         raise AdapterError("`samples` is a model. Since 0.5, protect takes no optimizer: call protect(model, samples).")
     state, layers = _adapters(model, frozen=False)
+    if (split := first_split(model)) and split[1] == "DeepSpeed":
+        raise AdapterError(
+            f"{split[0]}: DeepSpeed has split its weight (ZeRO-3), so samples cannot run. Load, transform and protect "
+            "the model before DeepSpeed is configured (before TrainingArguments are made)."
+        )
     earlier = _earlier(previous, layers)
     _check_directions(directions, layers, state, earlier)
     if samples is None:

@@ -1,9 +1,10 @@
 """Train a small Llama with transformers' Trainer under DeepSpeed, as one of several processes.
 
-    deepspeed_training.py MODEL STAGE STEPS OUTPUT [--resume]
+    deepspeed_training.py MODEL STAGE STEPS OUTPUT [--protect] [--resume]
 
 The model is loaded after the arguments of the Trainer were made, so under ZeRO-3 its weights are partitioned from the
-start. Prints the losses.
+start, and it cannot be protected. With `--protect`, it is loaded and protected before; a run that is resumed gets the
+directions from the checkpoint. Prints the losses.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import hra_fx
+from hra_fx.errors import AdapterError
 
 #: Also every small parameter is partitioned; by default DeepSpeed leaves those below 100,000 numbers whole.
 ZERO = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
@@ -36,8 +39,20 @@ def texts() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> None:
+def adapted(model_path: str) -> Any:
+    """A model with an adapter."""
+    model = LlamaForCausalLM.from_pretrained(model_path)
+    torch.manual_seed(0)
+    return hra_fx.get_peft_model(model, hra_fx.HRAConfig(r=4, target_modules="all-linear"))
+
+
+def main(model_path: str, stage: str, steps: str, output: str, protect: bool, resume: bool) -> None:
     """Train, save, and print the losses."""
+    samples = [{"input_ids": torch.arange(16).view(2, 8)}]
+    if protect:
+        model = adapted(model_path)
+        if not resume:
+            hra_fx.protect(model, samples, 4)
     zero = {"stage": int(stage), **(ZERO if stage == "3" else {})}
     deepspeed = {} if stage == "0" else {"deepspeed": {**DEEPSPEED, "zero_optimization": zero}}
     args = TrainingArguments(
@@ -53,9 +68,15 @@ def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> 
         use_cpu=True,
         **deepspeed,
     )
-    model = LlamaForCausalLM.from_pretrained(model_path)
-    torch.manual_seed(0)
-    model = hra_fx.get_peft_model(model, hra_fx.HRAConfig(r=4, target_modules="all-linear"))
+    if not protect:
+        model = adapted(model_path)
+    if stage == "3" and not protect:
+        try:
+            hra_fx.protect(model, samples, 4)
+        except AdapterError as error:
+            assert "Load, transform and protect the model before DeepSpeed" in str(error)
+        else:
+            raise AssertionError("it cannot be protected")
     trainer = Trainer(model=model, args=args, train_dataset=texts())
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(Path(output, "final")))
@@ -65,4 +86,4 @@ def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # DeepSpeed's own
-    main(*sys.argv[1:5], resume="--resume" in sys.argv)
+    main(*sys.argv[1:5], protect="--protect" in sys.argv, resume="--resume" in sys.argv)
