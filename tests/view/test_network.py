@@ -66,7 +66,7 @@ def test_plain_and_adapted_models_have_the_calls_that_fx_finds() -> None:
 def test_values_are_those_of_active_adapters_or_else_of_all() -> None:
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = adapted(layers, r=1, target_modules=["0"])
-    hra_fx.add_adapter(model, "wide", hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
+    hra_fx.add_adapter(model, "wide", hra_fx.HRAConfig(r=4, target_modules=["0", "2"], pairs=False))
     with torch.no_grad():
         model.get_submodule("0").hra_u["wide"].normal_()  # type: ignore[index,operator,union-attr]
     rows = {(row.path, row.adapter): row for row in hra_fx.report(model)}

@@ -116,5 +116,6 @@ def test_the_example_runs_in_two_processes(launcher: list[str], starter: str) ->
     for wrapper in ("DDP", "FSDP2"):
         (difference,) = re.findall(rf"^{wrapper}, largest difference of a loss: (\S+)$", printed, re.MULTILINE)
         assert float(difference) < 1e-5
-    assert "the file, loaded into a plain model: 0.0e+00\n" in printed
+    (difference,) = re.findall(r"^the file, loaded into a plain model: (\S+)$", printed, re.MULTILINE)
+    assert float(difference) < 1e-6  # vectors of a file become pairs
     assert "the shards, 4 of them, loaded again: 0.0e+00\n" in printed
