@@ -82,6 +82,8 @@ GUIDE = (
     Row("base"),
     PLAIN,
     Row("hra-pairs-distance-own", 1e-2),
+    Row("hra-pairs-distance-own-second", 1e-2),
+    Row("hra-pairs-distance-own-one", 1e-2),
     Row("hra-pairs-protect-own", 1e-2),
     Row("hra-pairs-protect", 1e-2),
     Row("hra-pairs@0.75", 1e-2),
