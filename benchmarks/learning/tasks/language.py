@@ -124,6 +124,7 @@ class MoreSteps(Language):
     """The same with four times as many posts."""
 
     name: ClassVar[str] = "language-256-steps"
+    scales: ClassVar[Sequence[float]] = ()
     about: ClassVar[str] = "The same task with 1024 posts: 256 steps."
     posts: ClassVar[int] = 1024
 
@@ -132,6 +133,7 @@ class MLP(Language):
     """The same with adapters in the MLPs alone."""
 
     name: ClassVar[str] = "language-mlp"
+    scales: ClassVar[Sequence[float]] = ()
     about: ClassVar[str] = (
         "The same as `language`, but only the MLPs have adapters, with as many parameters. LoRA has rank 6 in "
         "`gate_proj` and `up_proj`, and rank 7 in `down_proj`; HRA has 14 and 16 vectors."
@@ -145,6 +147,7 @@ class Attention(Language):
     """The same with adapters in the attention alone."""
 
     name: ClassVar[str] = "language-attention"
+    scales: ClassVar[Sequence[float]] = ()
     about: ClassVar[str] = (
         "The same as `language`, but only the attention has adapters, with as many parameters: LoRA has rank 11, HRA "
         "has 18 vectors."
@@ -157,6 +160,7 @@ class Slovene(Language):
     """The same with another language to learn."""
 
     name: ClassVar[str] = "language-slovene"
+    scales: ClassVar[Sequence[float]] = ()
     about: ClassVar[str] = (
         "The same as `language`, but the model learns comments of Slovene web sites. A passage has 64 tokens of "
         "several comments."
