@@ -59,8 +59,8 @@ def from_peft(model: nn.Module) -> Any:
     PEFT's layers are replaced by those of hra_fx. All adapters keep their vectors, trained modules and biases, and
     their state: which are active (and in which order), which are trainable, and whether they are disabled. Vectors and
     trained modules remain the same parameters. From now on, the parameters of even ranks contain pairs of vectors
-    (`HRAConfig.pairs`), so load the state of an optimizer after this call. Biases become copies: with `bias`, create
-    the optimizer after it.
+    (`HRAConfig.pairs`). Call this before the first step of an optimizer, because its state of vectors does not fit
+    pairs. Biases become copies: with `bias`, create the optimizer after this call.
 
     `report`, `fold`, `save_as_lora`, `save_adapter` and `visualize` also take a model of PEFT as it is.
 

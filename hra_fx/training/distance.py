@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -27,14 +27,15 @@ def distance_to_base(model: nn.Module, batch: Any) -> Tensor:
 
         loss = model(**batch).loss + hra_fx.distance_to_base(model, next(samples))
 
-    The base runs in eval mode and without gradients, and the model in its current mode.
+    The base runs in eval mode and without gradients, and the model in its current mode: in training, a BatchNorm also
+    counts this batch.
 
     - Models with `logits`: the mean KL divergence. Logits with one column, such as a reward, are the means of normal
       distributions with variance 1: the divergence is half of the squared difference.
     - Models with a `last_hidden_state`, or whose output is a tensor: the mean of `|h - h0|^2 / |h0|^2` over the last
       dimension.
     - Padding is left out by the `attention_mask` of the batch (for a decoder, `decoder_attention_mask`). `labels` are
-      not used.
+      not used, unless the inputs of a decoder are made from them; then labels of -100 are padding.
 
     Wrapped in `DistributedDataParallel`, add the distance to a loss of the wrapped model before `backward`, because the
     wrapper synchronizes the gradients of a backward pass through its own output.
@@ -67,7 +68,8 @@ def distance_to_base(model: nn.Module, batch: Any) -> Tensor:
         )
     device = device_of(inner)
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, normalize_inputs(batch))
-    kwargs.pop("labels", None)
+    if "decoder_input_ids" in kwargs or not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        kwargs.pop("labels", None)  # otherwise, the inputs of the decoder are made from them
     with without_adapters(inner):
         base, _ = _read(inner(*args, **kwargs))
     own, is_logits = _read(inner(*args, **kwargs))
@@ -106,6 +108,8 @@ def _relative(own: Tensor, base: Tensor) -> Tensor:
 def _mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The mask of the tokens of the output, among the arguments of a call."""
     given = {**inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
+    if isinstance(labels := kwargs.get("labels"), Tensor):
+        return labels != -100
     mask = given.get("decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask")
     return mask if isinstance(mask, Tensor) else None
 
@@ -132,15 +136,15 @@ def add_distance_to_base(trainer: Any, samples: Iterable[Any], weight: float = 1
 
     Args:
         trainer: a `transformers.Trainer` or a trainer of TRL (SFT, DPO, KTO, GRPO, rewards).
-        samples: batches for `distance_to_base`, such as those of `hra_fx.own_texts`, or an iterable of them, such as a
-            DataLoader, which is read once.
+        samples: batches for `distance_to_base`, such as those of `hra_fx.own_texts`: a list, or a DataLoader, which is
+            read once.
         weight: the factor of the distance.
         every: only every so many optimizer steps get the term, with the same weight.
 
     Raises:
         ConfigError: `weight` is not a finite number > 0, or `every` is not a positive int.
-        AdapterError: `samples` is empty or a single batch, or `trainer` is not a Trainer. In training, see
-            `distance_to_base`.
+        AdapterError: `samples` is empty, a single batch or without a length, or `trainer` is not a Trainer. In
+            training, see `distance_to_base`.
 
     Example:
         >>> add_distance_to_base(None, [{"input_ids": torch.tensor([[5, 2]])}], weight=-1.0)
@@ -152,8 +156,8 @@ def add_distance_to_base(trainer: Any, samples: Iterable[Any], weight: float = 1
     check_positive_int("every", every)
     if not all(hasattr(trainer, name) for name in ("compute_loss", "accelerator", "state")):
         raise AdapterError(f"`trainer` must be a transformers Trainer, got {type(trainer).__name__}.")
-    if isinstance(samples, (Mapping, Tensor)) or not (batches := list(samples)):
-        raise AdapterError("`samples` must be a list of batches, and not empty or a single batch.")
+    if isinstance(samples, (Mapping, Tensor)) or not isinstance(samples, Sized) or not (batches := list(samples)):
+        raise AdapterError("`samples` must be a list of batches or a DataLoader, and not empty or a single batch.")
     task_loss = trainer.compute_loss
 
     def compute_loss(

@@ -6,7 +6,6 @@ attention and experts do. The input of a quantized layer, or of a `Conv1D` of tr
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -101,11 +100,12 @@ class _Collector(TorchFunctionMode):
         self.sketches: dict[str, Sketch] = {}
         self.called = [layer for layer in self.paths if _is_called(layer)]
         self.is_on = True
-        #: The input that was added last, its version, the sketches with it, and one that started with it.
+        #: The input that was added last, its version, and the sketches with it, by those without it.
         self.last: Tensor | None = None
         self.version: list[int] = []
-        self.done: list[Sketch] = []
-        self.started: Sketch | None = None
+        self.added: dict[Sketch, Sketch] = {}
+        #: Sketches without inputs, by the width of a layer.
+        self.empty: dict[int, Sketch] = {}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -160,19 +160,21 @@ class _Collector(TorchFunctionMode):
         return next((layer for layer in self.paths if layer.hra_u.weight_of(layer) is weight), None)
 
     def add(self, layer: Any, x: Tensor, expert: int | None = None) -> None:
-        """Add inputs `(..., d)` of a layer. Layers that have the same inputs from the start share a sketch."""
+        """Add inputs `(..., d)` of a layer. Layers share a sketch as long as they have the same inputs."""
         if not self.is_on:
             return
+        path, rows = self.paths[layer], full_tensor(x).reshape(-1, x.shape[-1])
+        if expert is not None:
+            self.sketches.setdefault(path, self._sketch(layer, x.device)).add(rows, expert)
+            return
         if x is not self.last or tensor_versions([x]) != self.version:
-            self.last, self.version, self.done, self.started = x, tensor_versions([x]), [], None
-        path = self.paths[layer]
-        if path not in self.sketches:
-            shared = self.started if expert is None else None
-            self.sketches[path] = self.started = shared or self._sketch(layer, x.device)
-        own = self.sketches[path]
-        if own not in self.done or expert is not None:
-            own.add(full_tensor(x).reshape(-1, x.shape[-1]), expert)
-            self.done.append(own)
+            self.last, self.version, self.added = x, tensor_versions([x]), {}
+        width = layer.hra_u.width
+        before = self.sketches.get(path) or self.empty.setdefault(width, self._sketch(layer, x.device))
+        if before not in self.added:
+            self.added[before] = before.copy()
+            self.added[before].add(rows)
+        self.sketches[path] = self.added[before]
 
     def _sketch(self, layer: Any, device: torch.device) -> Sketch:
         return Sketch(layer.hra_u.width, self.directions, device, getattr(layer.hra_u, "experts", None))
@@ -180,7 +182,7 @@ class _Collector(TorchFunctionMode):
     def merge_processes(self, count: int, device: torch.device) -> None:
         """Merge the sketches of all processes. A process may lack the inputs of some layers, such as experts."""
         for layer, path in self.paths.items():
-            sketch = copy.copy(self.sketches.get(path, self._sketch(layer, device)))  # layers may share it
+            sketch = self.sketches.get(path, self._sketch(layer, device)).copy()  # layers may share it
             self.sketches[path] = sketch
             every = []
             for own in (sketch.values, sketch.energy):

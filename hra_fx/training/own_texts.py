@@ -112,6 +112,8 @@ def _plan(tokenizer: Any, length: int) -> tuple[list[int | None], bool]:
     if chats:
         said = [{"role": "user", "content": _SAID}]
         chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        if _SAID not in chat:
+            raise ConfigError("the chat template of `tokenizer` does not contain a message as it is. Pass `samples`.")
         before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in chat.rsplit(_SAID, 1))
     elif tokenizer is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
         before = [tokenizer.bos_token_id]
@@ -150,7 +152,7 @@ def _written(
     # The name of the cache depends on the release of transformers. Without a cache, each call reads the whole text.
     parameters = inspect.signature(model.forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-    drawn = plan.index(None) if uniform else None
+    drawn = plan.index(None) if uniform or plan[0] is None else None
     ids = torch.empty(rows, 0, dtype=torch.int64)
     logits, cache = torch.empty(0), None
     for place, planned in enumerate(plan):

@@ -72,9 +72,10 @@ def protect(
     LoRA. What the model does with other inputs is not protected, and neither are biases and modules that are trained in
     full.
 
-    Call this function at any time after `transform`, before or during training. It applies to the active adapters. A
-    second call replaces the directions. The `state_dict` contains them, and a model that loads it is protected. A few
-    dozen texts or images are enough. In DDP and FSDP2, each process may pass its own samples.
+    Call this function at any time after `transform`, before or during training. It applies to the active adapters, not
+    to those that are added later. A second call replaces the directions. The `state_dict` contains them, and a model
+    that loads it is protected. A few dozen texts or images are enough. In DDP and FSDP2, each process may pass its own
+    samples.
 
     For several tasks, one after the other, pass what this function returned as `previous` after a `fold` and a new
     `transform`. Then the samples of earlier tasks are not needed again.

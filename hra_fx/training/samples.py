@@ -38,11 +38,15 @@ def calls_of(model: nn.Module, samples: Any, tokenizer: Any = None) -> Iterator[
     for sample in samples:
         if not isinstance(sample, (str, Tensor, tuple, list, Mapping)):
             raise AdapterError(f"a sample must be a tensor, tuple, list, mapping or text, got {type(sample).__name__}.")
-        args, kwargs = normalize_inputs(_tokens(sample, tokenizer) if isinstance(sample, str) else sample)
+        call = normalize_inputs(_tokens(sample, tokenizer) if isinstance(sample, str) else sample)
+        args, kwargs = pytree.tree_map(lambda x: torch.as_tensor(x) if hasattr(x, "__array__") else x, call)
         if _is_row(kwargs):
             kwargs = _batch_of_one(kwargs, names)
         if inspect.Parameter.VAR_POSITIONAL not in positions:
             args = args[: len(positions)]  # without labels, such as those of (images, labels)
+            given = dict(zip([parameter.name for parameter in parameters], args, strict=False))
+            if not given.keys().isdisjoint((_MASK, _DECODER)):
+                args, kwargs = (), given
         for batch in _without_padding(kwargs, decodes) if kwargs else [kwargs]:
             yield args, batch
 
@@ -81,7 +85,7 @@ def _batch_of_one(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 def _without_padding(batch: dict[str, Any], decodes: bool) -> Iterator[dict[str, Any]]:
     """The rows of a batch without the columns that its masks hide; rows of equal lengths are one batch."""
-    masks = {name: batch[name] != 0 for name in (_MASK, _DECODER) if getattr(batch.get(name), "ndim", 0) == 2}
+    masks = {name: _is_token(name, batch[name]) for name in (_MASK, _DECODER) if isinstance(batch.get(name), Tensor)}
     labels: Any = batch.get("labels")
     if decodes and _DECODER not in masks and getattr(labels, "ndim", 0) == 2:
         masks[_DECODER] = (labels != -100).flip(1).cumsum(1).flip(1) > 0  # the decoder's inputs are made from them
@@ -96,6 +100,15 @@ def _without_padding(batch: dict[str, Any], decodes: bool) -> Iterator[dict[str,
             groups[tuple(own)].append(row)
     for rows in groups.values():
         yield {name: _rows(value, rows, masks.get(_side(name, masks))) for name, value in batch.items()}
+
+
+def _is_token(name: str, mask: Tensor) -> Tensor:
+    if mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+        raise AdapterError(
+            f"`{name}` must have shape (batch, length), with 1 for tokens and 0 for padding, got shape "
+            f"{tuple(mask.shape)} or other values. Pass samples without padding and without it."
+        )
+    return mask != 0
 
 
 def _side(name: str, masks: Mapping[str, Tensor]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,11 @@ def test_the_decoder_has_its_own_mask() -> None:
     wanted = divergences(own, before)[mask.bool()].mean()
     found = hra_fx.distance_to_base(model, given | {"decoder_attention_mask": mask})
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    # The inputs of the decoder are made from labels.
+    given = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS[:, :5].where(mask.bool(), -100)}
+    own, before = (one(**given).logits for one in (rotated(base, model), base))
+    wanted = divergences(own, before)[mask.bool()].mean()
+    assert hra_fx.distance_to_base(model, given).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 class TwoOutputs(nn.Linear):
@@ -308,6 +314,7 @@ def test_a_resumed_run_continues_with_the_next_batch(tmp_path: Path) -> None:
         ({"every": 0}, ConfigError, "`every` must be a positive int, got 0"),
         ({"samples": []}, AdapterError, "`samples` must be a list of batches"),
         ({"samples": SAMPLES[0]}, AdapterError, "`samples` must be a list of batches"),
+        ({"samples": cycle(SAMPLES)}, AdapterError, "`samples` must be a list of batches"),
         ({"trainer": nn.Linear(2, 2)}, AdapterError, "`trainer` must be a transformers Trainer, got Linear"),
     ],
 )

@@ -137,6 +137,12 @@ def test_a_chat_template_and_special_tokens_of_a_tokenizer() -> None:
     free = ids[:, [1, 2, 3, 5, 6, 7, 8]]
     assert set(free.flatten().tolist()) <= set(range(2, len(WORDS))) - {2}
     assert free[:, 0].unique().numel() > 1
+    words.chat_template = "{{ messages[0]['content'] }}<bot>"
+    ids = hra_fx.own_texts(padded, 40, 9, 40, tokenizer=words)[0]["input_ids"]
+    assert (ids[:, 4] == bot).all() and ids[:, 0].unique().numel() > 1
+    words.chat_template = "{{ messages[0]['content'] | upper }}"
+    with pytest.raises(ConfigError, match="does not contain a message as it is"):
+        hra_fx.own_texts(padded, tokenizer=words)
 
     words.add_special_tokens({"bos_token": "<bot>", "additional_special_tokens": ["<user>"]})
     words.chat_template = None

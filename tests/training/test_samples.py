@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 import hra_fx
 from hra_fx.errors import AdapterError
 
+NAMES = ["input_ids", "attention_mask"]
 TEXTS = [[5, 9, 2], [7, 7], [4, 11, 8]]
 LINEAR = {"target_modules": "all-linear"}
 #: name -> (model, fields of its configuration)
@@ -105,6 +106,8 @@ def test_samples_are_batches_a_loader_rows_of_a_dataset_or_texts() -> None:
         iter(rows),
         [{"input_ids": torch.tensor(row)} for row in TEXTS],
         [(torch.tensor([row]),) for row in TEXTS],
+        [padded(TEXTS, "right")],  # the mask is the second argument
+        [{name: value.numpy() for name, value in zip(NAMES, padded(TEXTS, "right"), strict=True)}],
         [tokenizer()(texts, padding=True, return_tensors="pt")],
         DataLoader(few, batch_size=2, collate_fn=collate),  # type: ignore[arg-type]
     ):
@@ -136,6 +139,11 @@ def test_padding_that_cannot_be_taken_out_is_refused() -> None:
         ),
         ({"cache": [torch.randn(3, 5)]}, r"^cache: the batch has padding .* Pass one sample per batch, without"),
         ({"attention_mask": torch.tensor([[1, 0, 1]] * 3)}, r"^attention_mask: it hides tokens between others"),
+        (
+            {"attention_mask": torch.zeros(3, 1, 3, 3)},
+            r"must have shape \(batch, length\), .* got shape \(3, 1, 3, 3\)",
+        ),
+        ({"attention_mask": (mask - 1) * 1e9}, r"with 1 for tokens and 0 for padding, got shape \(3, 3\) or other"),
     ):
         with pytest.raises(AdapterError, match=message):
             hra_fx.protect(model, [{"input_ids": ids, "attention_mask": mask, **batch}], 4)
