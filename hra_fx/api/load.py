@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -95,6 +96,9 @@ def load_adapter(
             root_class, layers = root_class_for(root), fitted.layers
             set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class, layers=layers)
         elif adapter_name in state.configs:
+            trained = layers_of(root, adapter_name).values() if is_trainable else ()
+            if any(layer.hra_u.specs[adapter_name].pairs for layer in trained):
+                _check_run(folder)
             _replace(root, state, adapter_name, fitted, is_trainable)
         else:
             add_filled_adapter(root, state, adapter_name, config, fill, fitted.copies, fitted.layers)
@@ -124,6 +128,15 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     replace_values(root, name, lambda path, _: fitted.vectors[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})
+
+
+def _check_run(folder: Path) -> None:
+    """Refuse a checkpoint of the Trainer that was written without pairs, because its optimizer would not fit."""
+    if (folder / "optimizer.pt").exists() and not (folder / "model.safetensors").exists():
+        raise AdapterError(
+            f"{folder} is a checkpoint of a run that trained vectors, and the state of its optimizer does not fit the "
+            f"pairs that this adapter trains. Delete {folder / 'optimizer.pt'} to go on with a new state."
+        )
 
 
 def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,36 +1,40 @@
-"""Load a state into the adapters of a layer: one of PEFT or of 0.4, which has vectors, or one with kept directions."""
+"""Load a state into the adapters of a layer: what does not fit is refused, and kept directions are taken over."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.functional.pairs import to_pairs
+from hra_fx.errors import AdapterError
 from hra_fx.layers.containers import KEPT
 from hra_fx.layers.sharding import full_tensor
 
+#: A fused optimizer would take a saved state of vectors for one of pairs, because both have as many numbers.
+_VECTORS = (
+    "the state_dict has vectors, as written by PEFT, hra_fx 0.4 or with pairs=False, but the adapter trains pairs. The "
+    "state of an optimizer that was saved with vectors does not fit pairs. Load the file of the adapter "
+    "(hra_fx.load_adapter) and start a new optimizer, or train vectors: HRAConfig(..., pairs=False)."
+)
 #: The largest part of loaded vectors along directions that are kept, relative to their length.
 _ROUNDING = 1e-3
 
 
 def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
-    """Convert the entries of an adapter in a state to those of its `HouseholderAdapters`. `key` is of the parameter."""
+    """Check the entries of an adapter in a state, for its `HouseholderAdapters`. `key` is that of the parameter."""
     spec, given, kept = adapters.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
     if given is None:
         return
     if spec.pairs and tuple(given.shape) == adapters.vectors_shape(spec.r):
-        # The same text for all layers, so that Python shows it once.
-        text = (
-            "the state_dict has vectors, as written by PEFT or hra_fx 0.4. They are converted to the pairs that the "
-            "adapters train. The state of an optimizer that was saved with them does not fit, unless it is one of "
-            "train_pairs in 0.4. HRAConfig(..., pairs=False) continues to train vectors."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=2)
-        state_dict[key] = given = to_pairs(given)
+        if not any(error.endswith(_VECTORS) for error in errors):  # once, and not for each layer
+            errors.append(f"{key}: {_VECTORS}")
+        state_dict[key] = adapters[name]
+        return
     if kept is not None:
+        inner = full_tensor(kept).mT @ full_tensor(kept)
+        if not kept.is_meta and not torch.allclose(inner @ inner, inner, atol=_ROUNDING):
+            errors.append(f"{key}{KEPT}: its columns are not orthonormal, for example because states were averaged.")
         adapters.shares.pop(name, None)
         held = adapters.kept(name)
         if held is None or held.shape != kept.shape:

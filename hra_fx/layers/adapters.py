@@ -223,7 +223,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load a state, also one with vectors instead of pairs, or with kept directions; update scaled adapters."""
+        """Load a state, also one with kept directions; update scaled adapters."""
         errors: list[str] = rest[-1]
         for name in self.specs:
             prepare_load(self, name, state_dict, prefix + name, errors)

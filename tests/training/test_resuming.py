@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from adapting import config, vectors_of
-from oracles import dense_vectors, relative_error
+from oracles import relative_error
 from peft_sides import by_peft, by_us, plain_name
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
@@ -158,24 +158,35 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_of_peft_or_of_0_4_becomes_pairs(assign: bool) -> None:
-    """0.4 has the names of this version; those of PEFT have its wrappers. The optimizer's state does not fit."""
+def test_a_state_of_peft_or_of_0_4_is_for_vectors(assign: bool) -> None:
+    """Those of PEFT have the names of its wrappers. Fused AdamW would take their moments for moments of pairs."""
     fields: dict[str, Any] = {"r": 4, "target_modules": ["0", "2"], "init_weights": False}
     theirs, model = by_peft(base(), **fields), by_us(base(), **fields)
     state = {plain_name(key): tensor.clone() for key, tensor in theirs.state_dict().items()}
-    before = {key: tensor.clone() for key, tensor in state.items()}
-    message = r"^the state_dict has vectors, .* does not fit, unless .* pairs=False\) continues"
-    with pytest.warns(HRAWarning, match=message) as caught:
-        model.load_state_dict(state, assign=assign)
-    assert len({str(one.message) for one in caught}) == 1, "Python shows it once"
-    assert relative_error(model(X), theirs(X)) < 1e-6
-    assert all(torch.equal(tensor, before[key]) for key, tensor in state.items()), "the given state is unchanged"
-    for key, pairs in vectors_of(model).items():
-        assert relative_error(dense_vectors(pairs), before[key]) < 1e-6
-        assert pairs.shape == (len(before[key]), 2, 2) and pairs.requires_grad
+    before = model(X)
+    for strict in (False, True):
+        with pytest.raises(
+            RuntimeError, match=r"0\.hra_u\.default: the state_dict has vectors, .* pairs=False"
+        ) as caught:
+            model.load_state_dict(state, strict=strict, assign=assign)
+        assert str(caught.value).count("the state_dict has vectors") == 1
+    assert torch.equal(model(X), before)
     vectors = by_us(base(), **fields, pairs=False)
     vectors.load_state_dict(state, assign=assign)
     assert relative_error(vectors(X), theirs(X)) < 1e-6
+
+
+def test_a_checkpoint_of_peft_is_not_resumed_in_pairs(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["0", "2"], "init_weights": False}
+    by_peft(base(), **fields).save_pretrained(tmp_path)
+    model = hra_fx.from_peft(by_peft(base(), **fields))
+    hra_fx.load_adapter(model, tmp_path, is_trainable=True)
+    (tmp_path / "optimizer.pt").touch()
+    before = model(X)
+    with pytest.raises(AdapterError, match=r"is a checkpoint of a run that trained vectors, .* Delete .*optimizer\.pt"):
+        hra_fx.load_adapter(model, tmp_path, is_trainable=True)
+    assert torch.equal(model(X), before)
+    hra_fx.load_adapter(model, tmp_path)
 
 
 def test_pairs_are_not_taken_for_vectors() -> None:
@@ -198,31 +209,16 @@ def test_directions_of_another_shape_are_refused() -> None:
     state["0.hra_u.default_kept"] = state["0.hra_u.default_kept"][1:]
     with pytest.raises(RuntimeError, match=r"size mismatch for 0\.hra_u\.default_kept: .*\[5, 2\]"):
         adapted("protected", 2, None).load_state_dict(state, strict=False)
+    state = adapted("protected", 1).state_dict()
+    state["0.hra_u.default_kept"] = state["0.hra_u.default_kept"] / 2
+    with pytest.raises(RuntimeError, match=r"0\.hra_u\.default_kept: its columns are not orthonormal"):
+        adapted("protected", 2).load_state_dict(state)
 
 
-def test_the_state_of_an_optimizer_of_0_4_is_loaded_right_or_refused() -> None:
-    """0.4 saved moments of pairs as `(d, r)`, in the order of memory, and named them in the groups."""
+def test_train_pairs_of_a_script_of_0_4_does_nothing_and_says_so() -> None:
     model = adapted("pairs", 1)
-    optimizer = optimizer_of(model)
-    train(model, optimizer, range(3))
-    state = copy.deepcopy(optimizer.state_dict())
-    for own in state["state"].values():
-        own |= {name: own[name].flatten(1) for name in ("exp_avg", "exp_avg_sq")}
-    again = copy.deepcopy(model)
-    fresh = optimizer_of(again)
     with pytest.warns(HRAWarning, match=r"^train_pairs does nothing since 0\.5"):
-        hra_fx.train_pairs(fresh, again)
-    for difference, how in ((None, "without pairs"), (0.2, "with difference=0.2")):
-        state["param_groups"][0]["hra_pair_difference"] = difference
-        message = rf"0\.4 {how}, so exp_avg of shape \(6, 4\) does not fit .* \(6, 2, 2\)\. Start without .*pairs=False"
-        with pytest.raises(AdapterError, match=message):
-            fresh.load_state_dict(state)
-    assert not fresh.state
-    state["param_groups"][0]["hra_pair_difference"] = 0.1
-    fresh.load_state_dict(state)
-    for one, own in ((model, optimizer), (again, fresh)):
-        train(one, own, range(3, 6))
-    assert torch.equal(again(X), model(X))
+        hra_fx.train_pairs(optimizer_of(model), model, difference=0.2)
 
 
 @pytest.mark.parametrize("kind", ["odd rank", "Gram-Schmidt", "protected"])
