@@ -1,3 +1,10 @@
 """The home of `HRATrainer` and two callbacks in 0.4. Their errors say what to use instead."""
 
-from hra_fx.integrations import __getattr__ as __getattr__
+from __future__ import annotations
+
+from hra_fx.removed import raise_if_removed
+
+
+def __getattr__(name: str) -> object:
+    raise_if_removed(f"integrations.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,8 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
             errors.append(f"{key}: {_VECTORS}")
         state_dict[key] = adapters[name]
         return
+    if tuple(given.shape) != adapters.parameter_shape(name):
+        return  # torch reports the shape
     if kept is not None:
         inner = full_tensor(kept).mT @ full_tensor(kept)
         if not kept.is_meta and not torch.allclose(inner @ inner, inner, atol=_ROUNDING):
@@ -41,7 +43,7 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
             # Zeros of the shape that is possible: loading fills them, or reports another shape.
             shape = adapters.vectors_shape(kept.shape[-1])
             adapters.keep(name, kept.new_zeros(shape, device=adapters[name].device))
-    elif tuple(given.shape) == adapters.parameter_shape(name):
+    else:
         try:
             check_kept(adapters, name, adapters.part(name, given)._replace(kept=None).vectors())
         except AdapterError as error:

@@ -104,8 +104,8 @@ class _Collector(TorchFunctionMode):
         self.last: Tensor | None = None
         self.version: list[int] = []
         self.added: dict[Sketch, Sketch] = {}
-        #: Sketches without inputs, by the width of a layer.
-        self.empty: dict[int, Sketch] = {}
+        #: Sketches without inputs, by width and device.
+        self.empty: dict[tuple[int, torch.device], Sketch] = {}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -169,8 +169,8 @@ class _Collector(TorchFunctionMode):
             return
         if x is not self.last or tensor_versions([x]) != self.version:
             self.last, self.version, self.added = x, tensor_versions([x]), {}
-        width = layer.hra_u.width
-        before = self.sketches.get(path) or self.empty.setdefault(width, self._sketch(layer, x.device))
+        kind = layer.hra_u.width, x.device
+        before = self.sketches.get(path) or self.empty.setdefault(kind, self._sketch(layer, x.device))
         if before not in self.added:
             self.added[before] = before.copy()
             self.added[before].add(rows)

@@ -39,7 +39,7 @@ def calls_of(model: nn.Module, samples: Any, tokenizer: Any = None) -> Iterator[
         if not isinstance(sample, (str, Tensor, tuple, list, Mapping)):
             raise AdapterError(f"a sample must be a tensor, tuple, list, mapping or text, got {type(sample).__name__}.")
         call = normalize_inputs(_tokens(sample, tokenizer) if isinstance(sample, str) else sample)
-        args, kwargs = pytree.tree_map(lambda x: torch.as_tensor(x) if hasattr(x, "__array__") else x, call)
+        args, kwargs = pytree.tree_map(_as_tensor, call)
         if _is_row(kwargs):
             kwargs = _batch_of_one(kwargs, names)
         if inspect.Parameter.VAR_POSITIONAL not in positions:
@@ -49,6 +49,12 @@ def calls_of(model: nn.Module, samples: Any, tokenizer: Any = None) -> Iterator[
                 args, kwargs = (), given
         for batch in _without_padding(kwargs, decodes) if kwargs else [kwargs]:
             yield args, batch
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array of numpy as a tensor, if its values are numbers; other values as they are."""
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    return torch.as_tensor(value) if kind in ("b", "i", "u", "f") else value
 
 
 def _tokens(text: str, tokenizer: Any) -> dict[str, Any]:
