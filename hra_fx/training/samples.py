@@ -41,6 +41,8 @@ def calls_of(model: nn.Module, samples: Any, tokenizer: Any = None) -> Iterator[
         call = normalize_inputs(_tokens(sample, tokenizer) if isinstance(sample, str) else sample)
         args, kwargs = pytree.tree_map(_as_tensor, call)
         if _is_row(kwargs):
+            if not len(kwargs.get("input_ids", "row")):
+                continue  # an empty text
             kwargs = _batch_of_one(kwargs, names)
         if inspect.Parameter.VAR_POSITIONAL not in positions:
             args = args[: len(positions)]  # without labels, such as those of (images, labels)
@@ -81,7 +83,7 @@ def _batch_of_one(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
             if (tensor := torch.as_tensor(value)).dim():
                 batch[name] = tensor[None]
     ids = batch.get("input_ids")
-    if ids is not None and (ids.dim() != 2 or not ids.numel()):
+    if ids is not None and ids.dim() != 2:
         raise AdapterError(
             f"`input_ids` of a row must be one list of tokens, got shape {tuple(ids.shape[1:])}. Pass rows one by one, "
             "or batches with tensors."

@@ -102,7 +102,7 @@ def test_samples_are_batches_a_loader_rows_of_a_dataset_or_texts() -> None:
     collate = DataCollatorWithPadding(tokenizer())
     few = [{"input_ids": row} for row in TEXTS]
     for samples in (
-        rows,
+        [*rows, {**rows[0], "input_ids": [], "attention_mask": []}],
         iter(rows),
         [{"input_ids": torch.tensor(row)} for row in TEXTS],
         [(torch.tensor([row]),) for row in TEXTS],
