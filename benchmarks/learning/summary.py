@@ -58,5 +58,5 @@ def value(run: Record, name: str = "") -> float:
 
 
 def scores(records: Sequence[Record], name: str = "") -> list[float]:
-    """Test scores, or what is retained as `name`."""
-    return [value(run, name) for run in records]
+    """Test scores, or what is retained as `name`, in the runs that measured it."""
+    return [value(run, name) for run in records if not name or name in run.retention]
