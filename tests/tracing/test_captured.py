@@ -258,7 +258,8 @@ def test_an_argument_that_nothing_reads(name: str, warning: str | None, recwarn:
     log.addHandler(written)  # torch writes about sizes of 1
     inputs = {"x": X, name: torch.ones(4, 1).double()}
     graph, eager = twins(Swallows().double(), inputs)
-    assert [str(found.message) for found in recwarn if found.category is HRAWarning] == [warning] * bool(warning)
+    found = [str(one.message) for one in recwarn if one.category is HRAWarning and "is odd" not in str(one.message)]
+    assert found == [warning] * bool(warning)
     assert_same(graph(**inputs), eager(**inputs))
     log.removeHandler(written)
     assert not written.buffer
