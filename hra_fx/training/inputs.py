@@ -38,7 +38,7 @@ def sketches_of(
     The model runs in eval mode without adapters and gradients.
 
     Raises:
-        AdapterError: there are no calls in this process or another one.
+        AdapterError: `calls` is empty in some process.
     """
     device = device_of(model)
     collector = _Collector(layers, directions)

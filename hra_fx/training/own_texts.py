@@ -26,8 +26,8 @@ def own_texts(
     """Let a causal language model write texts with its adapters off, as samples of what it knows.
 
     The first token is drawn uniformly from the vocabulary, and the others from the model's distribution at
-    temperature 1. Texts do not end before `length` tokens, so there is no padding. They contain no special tokens:
-    those that the model's configurations name (`..._token_id`) and those of the tokenizer.
+    temperature 1. Each text has exactly `length` tokens, without padding. The model writes no special tokens: those
+    that its configurations name (`..._token_id`), and those of the tokenizer.
 
     Pass the tokenizer of a chat model. Each text is then a message of the user and an answer in the model's chat
     template, in equal parts, and the model writes both. If the tokenizer has no chat template, but starts texts with a

@@ -201,7 +201,7 @@ class Trial(Runs):
             return hra_fx.transform(base, self.config, trace=True, example_inputs=example)
         except hra_fx.HRAError as error:
             self.result.traced = f"{REFUSED}{error}"
-            raise NotApplicable("there is no graph") from error
+            raise NotApplicable("the model has no graph") from error
 
     def _agree_in_size(self, traced: nn.Module) -> None:
         """For another batch, if the graph allows it."""
