@@ -37,7 +37,6 @@ from hra_fx.checkpoint.folder import (
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional.chain import ChainPart
-from hra_fx.functional.householder import working_dtype
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
@@ -216,11 +215,10 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     scale = layers[sites[0]].hra_u.scales.get(name, 1.0)  # which is the same in all layers
     resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     for path in sites:
-        part = _part_of(layers[path].hra_u, state, path, name)
         if scale != 1:
-            wide = part.chain().to(working_dtype(part.trained.dtype))
-            tensors[reflection_key(path)] = layers[path].hra_u.fraction(wide, scale)
+            tensors[reflection_key(path)] = layers[path].hra_u.chain(name)
             continue
+        part = _part_of(layers[path].hra_u, state, path, name)
         if part.anchor is None:
             tensors[reflection_key(path)] = part.vectors()
             continue

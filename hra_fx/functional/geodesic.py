@@ -30,7 +30,7 @@ from hra_fx.functional.householder import normalize, span
 
 
 def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
-    """Compute a chain for `Q(alpha)`, the point at `alpha` on the path from `I` to `Q`.
+    """Compute a chain for `Q(alpha)`, the point at `alpha` on the path from `I` to `Q`; also for a batch of chains.
 
     It is computed in float64 on the CPU, without a gradient. If `Q` rotates planes by pi (as for Gram-Schmidt without
     an anchor), the path is not unique, but the result is deterministic.
@@ -52,6 +52,8 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
         tensor([[0., 1.],
                 [1., 0.]])
     """
+    if chain.dim() > 2:
+        return torch.stack([fractional_rotation(one, alpha) for one in chain])
     with torch.no_grad():
         vectors = _unit_columns(chain)
         if not vectors.numel():

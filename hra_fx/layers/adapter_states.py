@@ -26,6 +26,9 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
     spec, given, kept = adapters.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
     if given is None:
         return
+    if name in adapters.scales:
+        errors.append(f"{key}: adapter {name!r} has a scale. Call hra_fx.set_scale(model, {name!r}, 1) first.")
+        return
     if spec.pairs and tuple(given.shape) == adapters.vectors_shape(spec.r):
         if not any(error.endswith(_VECTORS) for error in errors):  # once, and not for each layer
             errors.append(f"{key}: {_VECTORS}")

@@ -189,17 +189,14 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
     def scaled(self, name: str, alpha: float) -> Tensor:
         """Compute the chain of an adapter at scale `alpha`, in at least float32."""
-        dtype = householder.working_dtype(self[name].dtype)
-        return self.fraction(self.full_chain(name, dtype).detach(), alpha)
-
-    def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """Compute a chain at scale `alpha`; raises the errors of `geodesic.fractional_rotation`."""
-        return geodesic.fractional_rotation(chain, alpha)
+        trained = full_tensor(self[name].detach())
+        full = self.part(name, trained.to(householder.working_dtype(trained.dtype))).chain()
+        return geodesic.fractional_rotation(full, alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None) -> None:
         """Set the scale of an adapter, with its chain from `scaled`; `None` restores full scale.
 
-        At other scales, the forward does not read the vectors, so they do not get a gradient.
+        The constant chain takes the place of the trained one, so the vectors do not get a gradient.
         """
         self.scales.pop(name, None)
         self._buffers.pop(name + SCALED, None)
@@ -223,16 +220,11 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load a state, also one with kept directions; update scaled adapters."""
+        """Load a state, also one with kept directions."""
         errors: list[str] = rest[-1]
         for name in self.specs:
             prepare_load(self, name, state_dict, prefix + name, errors)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        for name, alpha in list(self.scales.items()):
-            try:
-                self.scale(name, alpha, self.scaled(name, alpha))
-            except AdapterError as error:
-                errors.append(f"{prefix}{name}: {error}")
 
     def anchor(self, name: str) -> Tensor | None:
         """The anchor `A` of an adapter, `(d, 1)` or `(d, r)`, or `None`."""
@@ -251,7 +243,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         vectors, kept, anchor = self[name], self.kept(name), self.anchor(name)
         if kept is not None and not vectors.is_meta:
             if anchor is not None:
-                anchor.copy_(self.full_chain(name, vectors.dtype)[..., : anchor.shape[-1]])
+                anchor.copy_(self.chain(name, vectors.dtype)[..., : anchor.shape[-1]])
             flat = vectors.flatten(-2) if self.specs[name].pairs else vectors
             vectors.copy_(without(flat, distribute_like(kept, vectors)).view(vectors.shape))
         self._buffers.pop(name + KEPT, None)
@@ -264,17 +256,14 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.set_active(self.active)
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`."""
-        if name not in self.scales:
-            return self.full_chain(name, dtype)
-        scaled: Tensor = getattr(self, name + SCALED)
-        return scaled if dtype is None else scaled.to(dtype)
+        """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`.
 
-    def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at full scale, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.
-
-        If `dtype` is given, shards of the vectors are gathered from all processes.
+        These are `[A | U]`, or `[A | V]` with Gram-Schmidt. If `dtype` is given, shards of the vectors are gathered
+        from all processes.
         """
+        scaled = self._buffers.get(name + SCALED)
+        if scaled is not None:
+            return scaled if dtype is None else scaled.to(dtype)
         return self.part(name, self[name] if dtype is None else full_tensor(self[name]).to(dtype)).chain()
 
     def part(self, name: str, trained: Tensor) -> ChainPart:

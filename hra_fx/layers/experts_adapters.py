@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hra_fx.functional import geodesic, householder
+from hra_fx.functional import householder
 from hra_fx.functional.chain import ChainPart
 from hra_fx.functional.rotate import as_rows
 from hra_fx.kernels.factors import Factors, wy_factors
@@ -33,10 +33,6 @@ class ExpertsAdapters(HouseholderAdapters):
     def vectors_shape(self, r: int) -> tuple[int, ...]:
         """The shape of the vectors of an adapter of rank `r`: `(experts, d, r)`."""
         return self.experts, self.width, r
-
-    def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """Compute the chain of every expert at scale `alpha`."""
-        return torch.stack([geodesic.fractional_rotation(one, alpha) for one in chain])
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weights as matrices `(experts, out, d)`."""
