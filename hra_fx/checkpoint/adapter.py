@@ -35,8 +35,8 @@ from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.functional.chain import ChainPart
 from hra_fx.functional.householder import anchor_rank
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
+from hra_fx.layers.classes import adapters_for
 from hra_fx.layers.target import REFLECTION
-from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
 from hra_fx.selection.check import select_checked

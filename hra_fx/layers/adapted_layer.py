@@ -21,11 +21,10 @@ from hra_fx.kernels.linear import linear
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_for
 from hra_fx.layers.class_swap import SwapMixin
-from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.running import RUNNING
 from hra_fx.layers.sharding import SPLIT, call, is_dtensor
 from hra_fx.layers.target import REFLECTION, weight_name
-from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
+from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 from hra_fx.layers.weight import running, weight_property
 
 
@@ -98,39 +97,6 @@ class AdaptedLinear(AdaptedLayer):
         return {**super().wrap(base), "forward": forward}
 
 
-class AdaptedQuantizedLinear(AdaptedLinear):
-    """A quantized Linear that reflects its input. The input gets a gradient even if the library does not compute it."""
-
-    @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Like `AdaptedLinear`, with a straight-through gradient if the library does not pass one."""
-        is_torchao = base.forward is nn.Linear.forward
-
-        def run(self: Any, x: Tensor) -> Any:
-            return F.linear(x, self.hra_base, self.bias) if is_torchao else base.forward(self, x)
-
-        @functools.wraps(base.forward)
-        def forward(self: AdaptedQuantizedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
-            if reflected is None:
-                reflected = call(self.hra_u, input)
-            return call_quantized(self, reflected, functools.partial(run, self))
-
-        if base.state_dict is not nn.Module.state_dict:
-            return {"forward": forward, "state_dict": functools.partialmethod(_whole_state_dict, base)}
-        # The forward of bitsandbytes reads its packed weight itself; other code cannot use that weight.
-        return {**super().wrap(base), "forward": forward} if is_torchao else {"forward": forward}
-
-
-def _whole_state_dict(self: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
-    """The state of a class with its own `state_dict`, which may leave out children (HQQ), with the adapters."""
-    state = base.state_dict(self, *args, **kwargs)
-    into, place = kwargs.get("destination"), f"{kwargs.get('prefix', '')}{REFLECTION}."
-    self._modules[REFLECTION].state_dict(  # type: ignore[union-attr]
-        destination=state if into is None else into, prefix=place, keep_vars=kwargs.get("keep_vars", False)
-    )
-    return state
-
-
 class AdaptedConv(AdaptedLayer):
     """A convolution that corrects its output for the reflections."""
 
@@ -155,13 +121,3 @@ class AdaptedConv(AdaptedLayer):
             return output if read is None else output - adapters.project(read, weight)
 
         return {**super().wrap(base), "forward": forward}
-
-
-def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:
-    """The class to mix into a layer that already has its container of adapters."""
-    adapters = layer._modules[REFLECTION]
-    if isinstance(adapters, QuantizedAdapters):
-        return AdaptedQuantizedLinear
-    if isinstance(adapters, ConvAdapters):
-        return AdaptedConv
-    return AdaptedLinear if isinstance(adapters, LinearAdapters) else AdaptedLayer

@@ -19,11 +19,7 @@ from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_for, factors_of, uses_factors
-from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.experts_adapters import ExpertsAdapters
-from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
-from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
+from hra_fx.layers.target import full_shape, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -51,14 +47,6 @@ class LinearAdapters(HouseholderAdapters):
             return x
         chain = householder.normalize(vectors)
         return householder.reflect(x, chain, householder.compact_wy(chain))
-
-
-class QuantizedAdapters(LinearAdapters):
-    """Reflects the input of a Linear with a quantized weight. Only other readers of the weight need its values."""
-
-    def rotate(self, weight: Tensor) -> Tensor:
-        """Compute `W Q` for the quantized weight of the layer."""
-        return super().rotate(weight.dequantize())
 
 
 class ConvAdapters(HouseholderAdapters):
@@ -123,33 +111,3 @@ class ConvAdapters(HouseholderAdapters):
         """The correction that the layer subtracts, from the result of `reflect`: `(W U) (T U^T p)` for every patch."""
         coordinates, chain = read
         return self._image(coordinates, (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype))
-
-
-def adapters_for(layer: nn.Module) -> HouseholderAdapters:
-    """Create an empty container of the right class for a layer that can be adapted."""
-    if isinstance(layer, ExpertsWeight):
-        return ExpertsAdapters(layer)
-    if has_own_forward(layer):
-        return HouseholderAdapters(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return ConvAdapters(layer)
-    form = LinearAdapters if quant_scheme_of(layer) is None else QuantizedAdapters
-    return form(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
-
-
-def has_own_forward(layer: nn.Module) -> bool:
-    """Whether a layer has its own forward, so that it can only be adapted through its weight.
-
-    This includes attention: its weight contains the projections of q, k and v.
-    """
-    standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
-    if is_foreign_linear(layer):
-        return False  # its forward is linear, whatever the class
-    if scheme := quant_scheme_of(layer):
-        standard = [scheme.cls]
-    if is_conv1d(layer):
-        standard = [next(cls for cls in type(layer).__mro__ if cls.__name__ == "Conv1D")]
-    own: Any = original_class(layer)
-    return isinstance(layer, (nn.MultiheadAttention, ExpertsWeight)) or own.forward not in [
-        cls.forward for cls in standard
-    ]

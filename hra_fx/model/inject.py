@@ -15,14 +15,13 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_experts import attach, detach
-from hra_fx.layers.adapted_layer import layer_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
+from hra_fx.layers.classes import adapters_for, layer_class_for
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.readers import needs_parameter, why_lost
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.layers.variants import adapters_for
 from hra_fx.layers.weight import mark_readers
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import (

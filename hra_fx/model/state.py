@@ -14,9 +14,10 @@ from hra_fx.compat import is_compiled_module, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.layers.accelerate_hooks import WHOLE, keep_loaded, offloading_hook
-from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
+from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
+from hra_fx.layers.classes import layer_class_for
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION, SAVED

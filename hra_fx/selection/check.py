@@ -17,12 +17,12 @@ from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.classes import has_own_forward
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.sharding import SPLIT, is_dtensor, sharded_by
 from hra_fx.layers.target import full_shape, held_weight, weight_entry, weight_place, width_of
 from hra_fx.layers.trained_copies import get_copies
-from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
 from hra_fx.selection.select import Modules, once, select, walk
 from hra_fx.selection.tied import how_to_untie, tied_to
