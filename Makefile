@@ -87,7 +87,7 @@ demo-device: $(VENV)/device.stamp $(VENV)/data.stamp ## MiniLM, trained by Execu
 
 ##@ Benchmarks (docs/benchmarks.md, docs/results.md)
 
-bench: $(VENV)/test.stamp ## speed and memory: base model, PEFT, hra_fx (40 minutes, or hours on a CPU without bfloat16)
+bench: $(VENV)/test.stamp ## speed and memory: base model, PEFT, hra_fx (half an hour, or hours on a CPU without bfloat16)
 	PYTHONPATH=benchmarks $(BIN)/python -m speed $(BENCH_FLAGS)
 
 bench-quick: $(VENV)/test.stamp ## the main settings of them (6 minutes, or longer)
@@ -110,8 +110,8 @@ bench-host: $(VENV)/test.stamp ## Python and launching time that adapters add (2
 bench-pairs: $(VENV)/test.stamp ## a step in pairs, relative to one of vectors (1 minute)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/pairs.py
 
-bench-peft: $(VENV)/test.stamp ## few tokens: hra_fx, and PEFT's HRA and LoRA (10 minutes)
-	$(BIN)/python benchmarks/peft_layers.py $(BENCH_FLAGS)
+bench-peft: $(VENV)/test.stamp ## few tokens: hra_fx, and PEFT's HRA and LoRA (5 minutes)
+	PYTHONPATH=benchmarks $(BIN)/python -m speed --few $(BENCH_FLAGS)
 
 ##@ Maintenance
 

@@ -35,10 +35,10 @@ def measured(workload: str, device: str, sizes: Sequence[int], budget: Budget) -
             setting = Setting(workload, mode, size, "bfloat16", device=device)
             steps, left_out = steps_of(setting, METHODS)
             times = interleave(steps, budget, clocked)
-            yield Cell(setting, Measured(times.values, times.first, left_out | times.left_out))
+            yield Cell(setting, Measured(times.values, left_out | times.left_out))
             if mode == "training" and device == "cuda":
                 peaks: dict[str, list[float | None]] = {key: [peak(step)] for key, step in steps.items()}
-                yield Cell(dataclasses.replace(setting, mode="memory"), Measured(peaks, {}, left_out))
+                yield Cell(dataclasses.replace(setting, mode="memory"), Measured(peaks, left_out))
 
 
 def peak(step: Step) -> float:
@@ -47,7 +47,7 @@ def peak(step: Step) -> float:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
-        step.run(step.ready())
+        step.run()
     return float(torch.cuda.max_memory_allocated() - before)
 
 

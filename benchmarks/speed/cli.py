@@ -1,9 +1,10 @@
 """The command line.
 
-    PYTHONPATH=benchmarks python -m speed                          # everything, about 40 minutes on two cores
+    PYTHONPATH=benchmarks python -m speed                          # everything, about half an hour on two cores
     PYTHONPATH=benchmarks python -m speed --quick                  # the main settings, about six minutes
+    PYTHONPATH=benchmarks python -m speed --few                    # few tokens in models whose projections all adapt
     PYTHONPATH=benchmarks python -m speed --smoke                  # every mode on a tiny model, in seconds
-    PYTHONPATH=benchmarks python -m speed --only 'bert' --budget 0.1
+    PYTHONPATH=benchmarks python -m speed --only bfloat16 --budget 0.1
 
 Results go to build/speed as JSON.
 """
@@ -26,7 +27,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for run in ("quick", "smoke"):
+    for run in ("quick", "few", "smoke"):
         parser.add_argument(f"--{run}", action="store_const", const=run, default="full", dest="run")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only settings with all these words")
     parser.add_argument("--budget", type=float, default=1.0, metavar="TIMES", help="factor for the time per setting")

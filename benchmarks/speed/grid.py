@@ -1,7 +1,7 @@
 """The settings to measure, and the time for each: all of them, some, or tiny ones.
 
-The Llama of width 768 has the full grid of tokens, ranks and dtypes, the other models a sample. Budgets are seconds
-on two cores, chosen so that `make bench` takes about 40 minutes and `make bench-quick` about five.
+Budgets are seconds on two cores, chosen so that `make bench` takes about half an hour and `make bench-quick` about
+five minutes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from speed import once
 from speed.methods import COMPILERS, INFERENCE, TRAINING
 from speed.setting import Mode, Setting
 from speed.timing import Budget
@@ -20,7 +19,6 @@ RANKS = (8, 32)
 #: Tokens, and seconds for the rounds of each setting.
 TOKENS = {1: 6, 16: 10, 512: 30, 2048: 40}
 STEPS: tuple[Mode, ...] = ("training", "inference")
-ONCE: tuple[Mode, ...] = ("transform", "fold")
 
 
 @dataclass(frozen=True)
@@ -46,42 +44,21 @@ def methods_of(mode: Mode) -> Sequence[str]:
 
 def full() -> Iterator[Job]:
     """All settings."""
-    yield from _whole_grid()
-    yield from _sample()
-    for mode in STEPS:
-        for tokens, seconds in ((16, 10), (512, 25)):
-            yield Job(Setting(LLAMA, mode, tokens, compiled=True), COMPILERS, Budget(seconds))
-    for dtype in DTYPES:
-        for tokens in (512, 2048):
-            yield Job(Setting(LLAMA, "memory", tokens, dtype), TRAINING, Budget(0, least=1))
-    for mode in ONCE:
-        yield Job(Setting(LLAMA, mode, 0), once.METHODS, Budget(15))
-    yield Job(Setting(LLAMA, "generate", 16), INFERENCE, Budget(20))
-
-
-def _whole_grid() -> Iterator[Job]:
     for mode in STEPS:
         for dtype in DTYPES:
             for r in RANKS:
                 for tokens, seconds in TOKENS.items():
                     budget = Budget(seconds, least=5 if tokens <= 512 else 3)
                     yield Job(Setting(LLAMA, mode, tokens, dtype, r), methods_of(mode), budget)
-
-
-def _sample() -> Iterator[Job]:
-    sizes = {"llama-2048x3": (512,), "bert": (16, 512), "vit": (4,), "resnet50": (4,), "unet": (2,)}
-    for workload, counts in sizes.items():
-        for mode in STEPS:
-            for count in counts:
-                yield Job(Setting(workload, mode, count), methods_of(mode), Budget(25, least=3, least_slow=2))
-    # A step of PEFT's HRA takes half a minute in this Llama, and about five seconds in the Linear.
-    for workload, least in (("llama-4096x1", 2), ("linear-4096", 5)):
-        methods = ("base", "lora", "peft-hra", "ours", "ours-gs")
-        yield Job(Setting(workload, "training", 64), methods, Budget(25, least_slow=least))
-    # In ResNet-50 it takes almost a minute at any image size, so only images of 64 have it.
-    for mode in STEPS:
+        # A step of PEFT's HRA takes almost a minute in ResNet-50.
         others = [method for method in methods_of(mode) if method != "peft-hra"]
-        yield Job(Setting("resnet50-224", mode, 2), others, Budget(25))
+        yield Job(Setting("resnet50", mode, 2), others, Budget(25))
+        for tokens, seconds in ((16, 10), (512, 25)):
+            yield Job(Setting(LLAMA, mode, tokens, compiled=True), COMPILERS, Budget(seconds))
+    for dtype in DTYPES:
+        for tokens in (512, 2048):
+            yield Job(Setting(LLAMA, "memory", tokens, dtype), TRAINING, Budget(0, least=1))
+    yield Job(Setting(LLAMA, "generate", 16), INFERENCE, Budget(20))
 
 
 def quick() -> Iterator[Job]:
@@ -101,9 +78,15 @@ def quick() -> Iterator[Job]:
     yield Job(Setting(LLAMA, "generate", 16), pair, Budget(6))
     for tokens in (512, 2048):
         yield Job(Setting(LLAMA, "memory", tokens), with_gs if tokens == 512 else pair, Budget(0, least=1))
-    for workload, count, training_and_inference in (("resnet50", 4, (5, 4)), ("resnet50-224", 2, (12, 6))):
-        for mode, seconds in zip(STEPS, training_and_inference, strict=True):
-            yield Job(Setting(workload, mode, count), pair, Budget(seconds))
+    for mode, seconds in zip(STEPS, (12, 6), strict=True):
+        yield Job(Setting("resnet50", mode, 2), pair, Budget(seconds))
+
+
+def few() -> Iterator[Job]:
+    """Few tokens, in models whose projections are all adapted."""
+    for workload, tokens, budget in (("llama-512x2", 27, Budget(10)), ("llama-2048x2", 64, Budget(60))):
+        for mode in STEPS:
+            yield Job(Setting(workload, mode, tokens), ("lora", "peft-hra", "ours"), budget)
 
 
 def smoke() -> Iterator[Job]:
@@ -112,6 +95,4 @@ def smoke() -> Iterator[Job]:
     yield Job(Setting(tiny, "training", 4, r=4), TRAINING, budget)
     yield Job(Setting(tiny, "inference", 4, r=4), INFERENCE, budget)
     yield Job(Setting(tiny, "generate", 2, r=4), ("base", "lora", "ours"), budget)
-    for mode in ONCE:
-        yield Job(Setting(tiny, mode, 0, r=4), once.METHODS, budget)
     yield Job(Setting(tiny, "memory", 4, r=4), ("ours",), Budget(0, least=1))

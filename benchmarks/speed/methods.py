@@ -13,8 +13,6 @@ from torch import nn
 
 from speed.models import Workload
 
-OFT_BLOCK = 32
-
 
 @dataclass(frozen=True)
 class Method:
@@ -45,13 +43,6 @@ def _lora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
     return peft.get_peft_model(base, config)
 
 
-def _oft(base: nn.Module, workload: Workload, r: int) -> nn.Module:
-    import peft
-
-    config = peft.OFTConfig(oft_block_size=OFT_BLOCK, target_modules=workload.targets)
-    return peft.get_peft_model(base, config)
-
-
 def _peft_hra(base: nn.Module, workload: Workload, r: int) -> nn.Module:
     import peft
 
@@ -79,7 +70,6 @@ METHODS: dict[str, Method] = {
     "base": Method("frozen base", _plain),
     "base-again": Method("base again", _plain, own_weights=True),
     "lora": Method("PEFT LoRA", _lora),
-    "oft": Method("PEFT OFT", _oft),
     "peft-hra": Method("PEFT HRA", _peft_hra),
     "ours": Method("hra_fx", _ours),
     "ours-gs": Method("hra_fx, GS", _ours_gs),
@@ -92,6 +82,6 @@ COMPILED: dict[str, Method] = {
 }
 ALL: dict[str, Method] = {**METHODS, **COMPILED}
 
-TRAINING = ("base", "base-again", "lora", "oft", "peft-hra", "ours", "ours-gs")
+TRAINING = ("base", "base-again", "lora", "peft-hra", "ours", "ours-gs")
 INFERENCE = (*TRAINING, "folded")
 COMPILERS = tuple(COMPILED)

@@ -30,11 +30,6 @@ class Ratio:
     high: float
     rounds: int
 
-    @property
-    def off_one(self) -> float:
-        """How far from 1 the interval reaches. For two copies of the same model, this is the noise."""
-        return max(abs(self.low - 1), abs(self.high - 1))
-
 
 def ratio(own: Values, peer: Values) -> Ratio | None:
     """Of the rounds in which both took part; `None` where there are none.

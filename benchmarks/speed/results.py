@@ -38,10 +38,6 @@ class Results:
     about: dict[str, Any]
     cells: list[Cell] = field(default_factory=list)
 
-    def cell(self, setting: Setting) -> Cell | None:
-        """That of a setting."""
-        return next((cell for cell in self.cells if cell.setting == setting), None)
-
     def save(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")

@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +19,12 @@ import torch._dynamo
 
 from speed import memory
 from speed.environment import busy, environment
-from speed.grid import Job, full, quick, smoke
-from speed.once import steps_once
+from speed.grid import Job, few, full, quick, smoke
 from speed.results import Cell, Results
 from speed.steps import steps_of
 from speed.timing import Measure, Measured, by_processor, clocked, interleave
 
-RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick, "smoke": smoke}
+RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick, "few": few, "smoke": smoke}
 
 
 def measure(options: argparse.Namespace) -> Results:
@@ -36,7 +34,7 @@ def measure(options: argparse.Namespace) -> Results:
     whole = not options.only and options.budget >= 1
     results = Results(environment(options.run, whole=whole, by_processor=options.processor))
     results.about |= {"load average at end": busy(), "minutes": 0.0}
-    with quiet(), _own_compiler_cache(options.run == "full"):
+    with quiet():
         for count, job in enumerate(jobs, 1):
             started = time.monotonic()
             _tell(f"[{count}/{len(jobs)}] {job.setting} ...", end=" ")
@@ -56,13 +54,11 @@ def carry_out(job: Job, measure: Measure = clocked) -> Cell:
     gc.collect()  # the models of the one before
     if setting.mode == "memory":
         return Cell(setting, memory.peaks(setting, job.methods, rounds=job.budget.least))
-    if setting.mode in ("transform", "fold"):
-        return Cell(setting, interleave(steps_once(setting, job.methods), job.budget, measure))
     if setting.compiled:
         start_compiling_anew()
     steps, left_out = steps_of(setting, job.methods)
     measured = interleave(steps, job.budget, measure)
-    return Cell(setting, Measured(measured.values, measured.first, left_out | measured.left_out))
+    return Cell(setting, Measured(measured.values, left_out | measured.left_out))
 
 
 def start_compiling_anew() -> None:
@@ -94,19 +90,3 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     logging.disable(disabled)
-
-
-@contextmanager
-def _own_compiler_cache(own: bool) -> Iterator[None]:
-    """If `own`, an empty cache for inductor, so that compilation times are those without a cache."""
-    if not own:
-        yield
-        return
-    name, before = "TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
-        yield
-    if before is None:
-        del os.environ[name]
-    else:
-        os.environ[name] = before

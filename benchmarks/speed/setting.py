@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["training", "inference", "generate", "transform", "fold", "memory"]
+Mode = Literal["training", "inference", "generate", "memory"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Setting:
 
     Attributes:
         workload: a key of `WORKLOADS`.
-        mode: `training` and `inference` are seconds of a step, `generate` of one call, `transform` and `fold` of
-            inserting and merging an adapter; `memory` is the peak of a training step in bytes.
+        mode: `training` and `inference` are seconds of a step, `generate` of one call; `memory` is the peak of a
+            training step in bytes.
         size: tokens or images.
         dtype: name of the dtype of the base model.
         r: rank of the adapters.

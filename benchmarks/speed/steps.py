@@ -67,17 +67,17 @@ def run_of(model: nn.Module, method: Method, setting: Setting) -> Callable[[], o
 
 
 def placed(value: Any, setting: Setting) -> Any:
-    """Move an input to the device and dtype of the model, and keep its `requires_grad`."""
+    """Move an input to the device and dtype of the model."""
     if not isinstance(value, Tensor):
         return value
     dtype = getattr(torch, setting.dtype) if value.is_floating_point() else None
-    return value.detach().to(setting.device, dtype).requires_grad_(value.requires_grad)
+    return value.to(setting.device, dtype)
 
 
-def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Callable[[Any], object]:
+def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Callable[[], object]:
     """A run that waits for the device."""
 
-    def whole(_: Any) -> None:
+    def whole() -> None:
         run()
         if wait is not None:
             wait()
@@ -86,10 +86,10 @@ def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Call
 
 
 def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """Forward, backward and AdamW; for a frozen model, backward to its input or the output of its first layer."""
+    """Forward, backward and AdamW; for a frozen model, backward to the output of its first layer."""
     model.train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    if not trained and workload.first is not None:
+    if not trained:
         start_gradient_at(workload.first(model))
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 

@@ -16,14 +16,11 @@ MODES: dict[Mode, str] = {
     "training": "training step",
     "inference": "inference",
     "generate": "`generate`, 8 tokens after a prompt",
-    "transform": "insert the adapter",
-    "fold": "merge it into the weights",
     "memory": "peak memory of a training step",
 }
 #: The columns: a method, over another one. A copy of the base model shows the noise.
 PAIRS = (
     ("ours", "lora"),
-    ("ours", "oft"),
     ("ours", "peft-hra"),
     ("ours", "base"),
     ("ours-gs", "ours"),
@@ -52,7 +49,7 @@ def described(setting: Setting) -> str:
     >>> described(Setting("llama-768x3", "training", 512, "bfloat16", compiled=True))
     'training step, 512 tokens, bfloat16, compiled'
     >>> described(Setting("resnet50", "inference", 1, r=32))
-    'ResNet-50, its 3x3 convolutions, images of 64: inference, 1 image, r=32'
+    'ResNet-50, its 3x3 convolutions, images of 224: inference, 1 image, r=32'
     """
     workload = WORKLOADS[setting.workload]
     size = f"{setting.size} {workload.unit}" if setting.size else ""

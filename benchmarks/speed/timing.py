@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,13 +20,11 @@ class Step:
     """What is measured.
 
     Attributes:
-        run: the measured part; its argument is the result of `ready`.
-        ready: runs before it and is not measured.
+        run: the measured part.
         warm_ups: how many uncounted runs follow the first one.
     """
 
-    run: Callable[[Any], object]
-    ready: Callable[[], Any] = lambda: None
+    run: Callable[[], object]
     warm_ups: int = 1
 
 
@@ -54,12 +51,10 @@ class Measured:
 
     Attributes:
         values: by method, one for each round; `None` for rounds without the method.
-        first: seconds of the first run, which compiles a compiled model.
         left_out: by method, why it was not measured.
     """
 
     values: dict[str, list[float | None]] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -85,7 +80,7 @@ def interleave(steps: Mapping[str, Step], budget: Budget, measure: Measure) -> M
     measured, usual = Measured(), dict[str, float]()
     for name, step in steps.items():
         try:
-            measured.first[name], usual[name] = warm_up(step, measure)
+            usual[name] = warm_up(step, measure)
         except Exception as error:
             measured.left_out[name] = reason(error)
     taking_part = attendance(usual, budget)
@@ -123,11 +118,10 @@ def reason(error: Exception) -> str:
 
 def clocked(step: Step, now: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one run, without garbage collection, which would also collect the garbage of other methods."""
-    prepared = step.ready()
     gc.disable()
     try:
         begin = now()
-        step.run(prepared)
+        step.run()
         return now() - begin
     finally:
         gc.enable()
@@ -138,15 +132,13 @@ def by_processor(step: Step) -> float:
     return clocked(step, now=time.process_time)
 
 
-def warm_up(step: Step, measure: Measure) -> tuple[float, float]:
-    """Wall time of the first run (compilers use other processes), and seconds of the last warm-up run."""
-    begin = time.perf_counter()
+def warm_up(step: Step, measure: Measure) -> float:
+    """Seconds of the last warm-up run."""
     usual = measure(step)
-    first = time.perf_counter() - begin
     if step.warm_ups > 1 or usual < LONG:
         for _ in range(step.warm_ups):
             usual = measure(step)
-    return first, usual
+    return usual
 
 
 def counted(step: Step, usual: float, measure: Measure) -> float:

@@ -7,7 +7,6 @@ from pathlib import Path
 import gpu.__main__
 import host
 import pairs
-import peft_layers
 import pytest
 import torch
 from speed import cli
@@ -77,6 +76,5 @@ def test_the_others_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setattr(pairs, "LAYERS", 2)
     monkeypatch.setattr(pairs, "TARGETS", ["0", "1"])
     pairs.main(rounds=1)
-    peft_layers.main()
     printed = capsys.readouterr().out
-    assert printed.count("relative to vectors: pairs ") == 2 and printed.count(" of PEFT LoRA\n") == 6
+    assert printed.count("relative to vectors: pairs ") == 2

@@ -25,12 +25,6 @@ class FewDigits(Task):
     """
 
     name: ClassVar[str] = "digits"
-    about: ClassVar[str] = (
-        "A ResNet-18 that was trained on the handwritten digits 0 to 4 learns the digits 5 to 9 from 100 images, in "
-        "30 passes with batches of 20. 400 images are used for validation, 1250 for the test. All convolutions and "
-        "the hidden layer have adapters. Retention is measured as the accuracy on 500 images of the digits 0 to 4, "
-        "with the original head."
-    )
     metric: ClassVar[str] = "accuracy, %"
     higher_is_better: ClassVar[bool] = True
     targets: ClassVar[list[str]] = ["conv1", "conv2", "downsample.0", "fc.0"]

@@ -29,14 +29,6 @@ class Language(Task):
     """
 
     name: ClassVar[str] = "language"
-    about: ClassVar[str] = (
-        "SmolLM2-135M-Instruct (4-bit weights, converted to float32) learns to continue posts of 20 Newsgroups from "
-        "256 posts of 64 tokens: 64 steps with batches of 4. 48 posts are used for validation, 64 for the test. "
-        "Retention is measured as the perplexity of 48 passages of Grimm's tales (lower is better) and as the "
-        "percentage of 52 facts that the model still completes correctly. The posts do not have capital letters, "
-        "digits or punctuation, so a model that adopts this style also fails at facts with an answer that starts with "
-        "a capital letter."
-    )
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
     targets: ClassVar[list[str]] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -111,10 +103,6 @@ class Long(Language):
     """The same with 1536 posts and two passes."""
 
     name: ClassVar[str] = "language-long"
-    about: ClassVar[str] = (
-        "The same task with two passes over 1536 posts and one seed: 768 steps, with validation after every 64 steps. "
-        "A run takes about 40 minutes on one core."
-    )
     posts: ClassVar[int] = 1536
     epochs: ClassVar[int] = 2
     curve_steps: ClassVar[int] = 64
@@ -125,7 +113,6 @@ class MoreSteps(Language):
 
     name: ClassVar[str] = "language-256-steps"
     scales: ClassVar[Sequence[float]] = ()
-    about: ClassVar[str] = "The same task with 1024 posts: 256 steps."
     posts: ClassVar[int] = 1024
 
 
@@ -134,10 +121,6 @@ class MLP(Language):
 
     name: ClassVar[str] = "language-mlp"
     scales: ClassVar[Sequence[float]] = ()
-    about: ClassVar[str] = (
-        "The same as `language`, but only the MLPs have adapters, with as many parameters. LoRA has rank 6 in "
-        "`gate_proj` and `up_proj`, and rank 7 in `down_proj`; HRA has 14 and 16 vectors."
-    )
     targets: ClassVar[list[str]] = ["gate_proj", "up_proj", "down_proj"]
     lora_rank: ClassVar[int] = 6
     more_rank: ClassVar[dict[str, int]] = {"down_proj": 1}
@@ -148,10 +131,6 @@ class Attention(Language):
 
     name: ClassVar[str] = "language-attention"
     scales: ClassVar[Sequence[float]] = ()
-    about: ClassVar[str] = (
-        "The same as `language`, but only the attention has adapters, with as many parameters: LoRA has rank 11, HRA "
-        "has 18 vectors."
-    )
     targets: ClassVar[list[str]] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     lora_rank: ClassVar[int] = 11
 
@@ -161,10 +140,6 @@ class Slovene(Language):
 
     name: ClassVar[str] = "language-slovene"
     scales: ClassVar[Sequence[float]] = ()
-    about: ClassVar[str] = (
-        "The same as `language`, but the model learns comments of Slovene web sites. A passage has 64 tokens of "
-        "several comments."
-    )
 
     def __init__(self, seed: int, *, tiny: bool = False) -> None:
         """Draw the passages of this seed from those that are not held out."""
@@ -183,10 +158,6 @@ class FourBit(Language):
     """The same with a base in NF4."""
 
     name: ClassVar[str] = "language-4-bit"
-    about: ClassVar[str] = (
-        "The same as `language`, but with a quantized base model as in QLoRA: bitsandbytes' NF4 weights. All methods "
-        "have LoRA's best rate on `language`."
-    )
     bfloat16: ClassVar[bool] = False
 
     def model(self) -> nn.Module:
@@ -202,10 +173,6 @@ class Float32(Language):
     """The same without bfloat16."""
 
     name: ClassVar[str] = "language-float32"
-    about: ClassVar[str] = (
-        "The same as `language`, but with all products in float32. It shows whether products with the base weights in "
-        "bfloat16, with which a run takes about half of the time, change the results."
-    )
     bfloat16: ClassVar[bool] = False
 
 
@@ -213,10 +180,6 @@ class MorePasses(Language):
     """The same with four passes over the 256 posts."""
 
     name: ClassVar[str] = "language-4-passes"
-    about: ClassVar[str] = (
-        "The same task with four passes over the 256 posts: 256 steps, with validation after each pass. All methods "
-        "have LoRA's best rate of one pass."
-    )
     epochs: ClassVar[int] = 4
     curve_steps: ClassVar[int] = 64
 

@@ -23,11 +23,6 @@ class Newsgroups(Task):
     """MiniLM, 1600 texts of 20 Newsgroups, two passes; percent of held-out texts whose group is found."""
 
     name: ClassVar[str] = "newsgroups-1600"
-    about: ClassVar[str] = (
-        "MiniLM (22.6 million parameters) with a new head classifies posts by newsgroup. It trains on 48 tokens of "
-        "each of 1600 posts, in two passes with batches of 16. 500 posts are used for validation, 1500 for the test. "
-        "The posts do not have capital letters, digits or punctuation."
-    )
     metric: ClassVar[str] = "accuracy, %"
     higher_is_better: ClassVar[bool] = True
     targets: ClassVar[list[str]] = [
@@ -87,7 +82,6 @@ class MoreNewsgroups(Newsgroups):
     """The same with 5000 texts and one pass."""
 
     name: ClassVar[str] = "newsgroups-5000"
-    about: ClassVar[str] = "The same task with 5000 posts and one pass."
     epochs: ClassVar[int] = 1
     texts: ClassVar[int] = 5000
 
@@ -96,12 +90,6 @@ class Retrieval(Newsgroups):
     """The same with the posts of ten groups; what it retains is the retrieval of posts of the ten others."""
 
     name: ClassVar[str] = "newsgroups-retrieval"
-    about: ClassVar[str] = (
-        "The same with 800 posts of ten groups, which the seed draws. Retention is measured as retrieval among 1000 "
-        "posts of the ten other groups: the percentage of posts whose nearest post, by the cosine of the embeddings, "
-        "is of the same group. Rehearsal trains the embeddings of other posts of these groups to stay those of the "
-        "base model."
-    )
     texts: ClassVar[int] = 800
 
     def __init__(self, seed: int, *, tiny: bool = False) -> None:

@@ -26,8 +26,6 @@ class Task(abc.ABC):
     """
 
     name: ClassVar[str]
-    #: What docs/results.md says of it.
-    about: ClassVar[str]
     #: What the score is, and whether a larger one is better.
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]

@@ -86,11 +86,6 @@ class RotatedTeacher(Teacher):
     """The teacher's weights are the base weights, rotated in 4 planes."""
 
     name: ClassVar[str] = "teacher-rotation"
-    about: ClassVar[str] = (
-        "An MLP with two layers of width 64 learns from the outputs of a teacher. The weights of the teacher are the "
-        "weights of the MLP, rotated in 4 planes. The error is in percent of the variance of the outputs. 8 "
-        "reflections can represent this change. So can LoRA with rank 8, which has twice as many parameters."
-    )
 
     def changed(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """`W Q`, where `Q` turns each plane by the angle that gives the change its size."""
@@ -107,11 +102,6 @@ class LowRankTeacher(Teacher):
     """A matrix of rank 4 is added to the base weights."""
 
     name: ClassVar[str] = "teacher-low-rank"
-    about: ClassVar[str] = (
-        "The same, but the weights of the teacher differ by a random matrix of rank 4, which is as large as the change "
-        "by rotation. LoRA can represent this change. HRA cannot at any rank: a rotation preserves the singular values "
-        "of a weight, and this change does not."
-    )
 
     def changed(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """`W + B A`."""
@@ -123,11 +113,6 @@ class DenseTeacher(Teacher):
     """A random matrix of full rank is added to the base weights."""
 
     name: ClassVar[str] = "teacher-dense"
-    about: ClassVar[str] = (
-        "The same, but the weights of the teacher differ by a random matrix of full rank and the same size. No adapter "
-        "of this size can represent this change. LoRA comes closer: a part of a random change stretches the weights, "
-        "which a rotation cannot do."
-    )
 
     def changed(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """`W + D`."""
