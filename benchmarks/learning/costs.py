@@ -2,9 +2,8 @@
 
     PYTHONPATH=benchmarks python -m learning.costs        # or: make bench-costs
 
-Writes docs/costs.json, and prints the table. Each method has a process of its own, forked from one that
-has read the model. It takes turns with a process of LoRA: each does one step of `training.fit`, and then waits. All is
-in float32. PEFT's HRA needs 8 GB of memory.
+Writes docs/costs.json, and prints the table. Each method has a process of its own, in which its steps take turns with
+LoRA's. All is in float32. PEFT's HRA needs 11 GB of memory.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import peft
@@ -25,17 +22,17 @@ import torch
 from peak import Peak
 from safetensors.torch import save_file
 from speed.environment import versions
-from torch import Tensor, nn
-from turns import ratio
+from torch import nn
+from turns import in_turns, ratio
 
 import hra_fx
 from learning.keeping import ALL
-from learning.methods import layer_shapes
+from learning.methods import Method, layer_shapes
 from learning.records import FILE as RECORDS
 from learning.table import label, number, table
 from learning.tasks import TASKS
-from learning.tasks.task import Batch
-from learning.training import count, fit
+from learning.tasks.task import Task
+from learning.training import count
 
 FILE = RECORDS.with_name("costs.json")
 TASK, ROUNDS, RATE = "language", 3, 1e-3
@@ -66,56 +63,45 @@ class Cost:
 
 def measure(task: str = TASK, methods: Sequence[str] = METHODS, rounds: int = ROUNDS) -> dict[str, Cost]:
     """The costs by method, from rounds after an uncounted one."""
-    model, found = TASKS[task](0).model(), {}
-    lora, pipe, _ = started(task, "lora", model)
+    TASKS[task](0).model()  # what tasks cache is read once
+    found = {}
     for name in methods:
-        process, own, size = started(task, name, model)
-        steps = [(step(pipe), step(own)) for _ in range(rounds + 1)]
-        process.kill()  # of all methods, only LoRA and one other hold their memory
-        seconds, others = ([round(each[place][0], 3) for each in steps[1:]] for place in (1, 0))
-        found[name] = Cost(*size, steps[-1][1][1], seconds, others)
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            found[name] = pool.apply(cost, (task, name, rounds))
         print(name, found[name], flush=True)
-    lora.kill()
     return found
 
 
-def started(task: str, name: str, model: nn.Module) -> tuple[ForkProcess, Connection, tuple[int, float]]:
-    """A process that is ready for its first step, the pipe to it, and its trained parameters and its file's size."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    process = fork.Process(target=train, args=(task, name, model, theirs), daemon=True)
-    process.start()
-    theirs.close()  # if the process ends, `recv` raises EOFError
-    size = ours.recv()
-    ours.recv()  # what it sends before its first step
-    return process, ours, size
-
-
-def step(pipe: Connection) -> tuple[float, float | None]:
-    """Let a process do a step; return its CPU time and the peak memory until then."""
-    pipe.send(None)
-    done: tuple[float, float | None] = pipe.recv()
-    return done
-
-
-def train(task_name: str, name: str, model: nn.Module, pipe: Connection) -> None:
-    """Train, and before each step send the CPU time of the one before and the peak memory, and wait for an answer."""
+def cost(task_name: str, name: str, rounds: int) -> Cost:
+    """The cost of one method, in a process of its own."""
     torch.set_num_threads(1)
-    task, method = TASKS[task_name](0), ALL[name]
-    loss, peak, begin = task.loss, Peak(), time.process_time()
+    task = TASKS[task_name](0)
+    model, peak = task.model(), Peak()
+    own = step_of(model, task, ALL[name])
+    own()
+    own()  # with the optimizer's state
+    peak_mb = peak.megabytes()
+    times = in_turns({"lora": step_of(task.model(), task, ALL["lora"]), "own": own}, rounds, time.process_time)
+    seconds, lora = ([round(value, 3) for value in times[one]] for one in ("own", "lora"))
+    return Cost(count(model), file_size(model, name), peak_mb, seconds, lora)
 
-    def paced(model: nn.Module, batch: Batch) -> Tensor:
-        nonlocal begin
-        pipe.send((time.process_time() - begin, peak.megabytes()))
-        pipe.recv()
-        begin = time.process_time()
-        return loss(model, batch)
 
+def step_of(model: nn.Module, task: Task, method: Method) -> Callable[[], None]:
+    """Insert an adapter, and return a training step."""
     torch.manual_seed(0)
     method.insert(model, task, method.rank(layer_shapes(model, task.targets), task.lora_rank))
-    pipe.send((count(model), file_size(model, name)))
-    task.loss = paced  # type: ignore[method-assign]
-    fit(model, nn.Module(), task, method, RATE)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    method.prepare_optimizer(optimizer, model, task)
+    batch = task.batches()[0]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    return step
 
 
 def file_size(model: nn.Module, name: str) -> float:
