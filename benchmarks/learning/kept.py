@@ -18,13 +18,17 @@ TASK = "language"
 TALES, TWEETS, FACTS = "perplexity of tales", "perplexity of tweets", "facts, %"
 
 
+#: The rates that validation chose.
+LORA, PAIRS = 5.5e-3, 1e-2
+
+
 @dataclass(frozen=True)
 class Row:
     """A method of the table.
 
     Args:
         method: its name, with `@scale` for a trained model that keeps a part of its change.
-        lr: its learning rate; None for the one that the records chose.
+        lr: its learning rate; None for the one that validation chose.
         in_picture: whether the picture has it.
     """
 
@@ -37,73 +41,65 @@ class Row:
         """The method without a scale."""
         return self.method.partition("@")[0]
 
+    def rate(self, records: Sequence[Record], task: str = TASK) -> float:
+        """The learning rate; 0 if nothing is trained."""
+        if self.lr or not ALL[self.trained].rates:
+            return self.lr or 0.0
+        plain = ALL[self.trained].rate_of or self.trained
+        return {"lora": LORA, "hra-pairs": PAIRS}.get(plain) or chosen(records, task, self.method)
+
     def runs(self, records: Sequence[Record], task: str = TASK) -> list[Record]:
         """Its runs in order of their seeds, the last one of each, without old ones that have no `moved`."""
         mine = [run for run in of(records, task, self.method) if run.moved is not None and run.test is not None]
-        if not mine:
-            return []
-        lr = self.lr or (chosen(records, task, self.method) if ALL[self.trained].rates else 0.0)
-        by_seed = {run.seed: run for run in mine if run.lr == lr}
+        by_seed = {run.seed: run for run in mine if run.lr == self.rate(records, task)}
         return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 ROWS = (
     Row("base", in_picture=True),
-    Row("lora", 5.5e-3, in_picture=True),
+    Row("lora", in_picture=True),
     Row("lora", 3e-3),
-    Row("lora@0.75", 5.5e-3, in_picture=True),
-    Row("lora@0.5", 5.5e-3),
-    Row("lora-decay", 5.5e-3),
-    Row("lora-protect", 5.5e-3, in_picture=True),
-    Row("lora-distance-own", 5.5e-3, in_picture=True),
+    Row("lora@0.75", in_picture=True),
+    Row("lora@0.5"),
+    Row("lora-decay"),
+    Row("lora-protect", in_picture=True),
+    Row("lora-distance-own", in_picture=True),
     Row("corda", in_picture=True),
     Row("osf", in_picture=True),
-    Row("hra-pairs", 1e-2, in_picture=True),
-    Row("hra-pairs@0.75", 1e-2, in_picture=True),
-    Row("hra-pairs@0.5", 1e-2),
-    Row("hra-pairs-protect", 1e-2, in_picture=True),
-    Row("hra-pairs-protect-own", 1e-2, in_picture=True),
-    Row("hra-pairs-protect-random", 1e-2),
-    Row("hra-pairs-protect-directions", 1e-2),
-    Row("hra-pairs-distance", 1e-2, in_picture=True),
-    Row("hra-pairs-distance-own", 1e-2, in_picture=True),
-    Row("hra-pairs-distance-own-one", 1e-2),
-    Row("hra-pairs-distance-own-second", 1e-2),
-    Row("hra-pairs-distance-own-0.3", 1e-2),
-    Row("hra-pairs-distance-own-3", 1e-2),
-    Row("hra-pairs-both-own", 1e-2),
+    Row("hra-pairs", in_picture=True),
+    Row("hra-pairs@0.75", in_picture=True),
+    Row("hra-pairs@0.5"),
+    Row("hra-pairs-protect", in_picture=True),
+    Row("hra-pairs-protect-own", in_picture=True),
+    Row("hra-pairs-protect-random"),
+    Row("hra-pairs-protect-directions"),
+    Row("hra-pairs-distance", in_picture=True),
+    Row("hra-pairs-distance-own", in_picture=True),
+    Row("hra-pairs-distance-own-one"),
+    Row("hra-pairs-distance-own-second"),
+    Row("hra-pairs-distance-own-0.3"),
+    Row("hra-pairs-distance-own-3"),
+    Row("hra-pairs-both-own"),
     Row("full", 1e-4, in_picture=True),
     Row("full", 1.7e-4, in_picture=True),
     Row("full@0.75", 1.7e-4, in_picture=True),
 )
-PLAIN = Row("hra-pairs", 1e-2)
-#: The rows of the guide, docs/keep.md.
-GUIDE = (
-    Row("base"),
-    PLAIN,
-    Row("hra-pairs-distance-own", 1e-2),
-    Row("hra-pairs-distance-own-second", 1e-2),
-    Row("hra-pairs-distance-own-one", 1e-2),
-    Row("hra-pairs-protect-own", 1e-2),
-    Row("hra-pairs-protect", 1e-2),
-    Row("hra-pairs@0.75", 1e-2),
-    Row("lora", 5.5e-3),
-    Row("full@0.75", 1.7e-4),
-)
-#: The tables of layers: methods with their rates, and tasks.
-IN_LAYERS = {"lora": 5.5e-3, "hra-pairs": 1e-2}
-LAYERS = {TASK: "all", f"{TASK}-mlp": "MLP", f"{TASK}-attention": "attention"}
-
-
+PLAIN = Row("hra-pairs")
 #: The tables have the seeds with which all of these ran.
 MAIN = (
-    Row("lora", 5.5e-3),
-    PLAIN,
-    Row("hra-pairs-protect", 1e-2),
-    Row("hra-pairs-protect-own", 1e-2),
-    Row("hra-pairs-distance-own", 1e-2),
+    *(Row("lora"), PLAIN, Row("hra-pairs-protect"), Row("hra-pairs-protect-own"), Row("hra-pairs-distance-own")),
     Row("full", 1.7e-4),
 )
+#: The rows of the guide, docs/keep.md.
+GUIDE = (
+    *("base", "hra-pairs", "hra-pairs-distance-own", "hra-pairs-distance-own-second", "hra-pairs-distance-own-0.3"),
+    *("hra-pairs-protect-own", "hra-pairs-protect", "hra-pairs@0.75", "lora"),
+)
+#: Tasks that differ from `language` in one respect, and the methods that ran on them.
+LAYERS = {f"{TASK}-mlp": "MLP", f"{TASK}-attention": "attention"}
+OTHERS = {f"{TASK}-slovene": "Slovene comments", f"{TASK}-256-steps": "256 steps"}
+IN_LAYERS, IN_OTHERS = ("lora", "hra-pairs"), ("lora", "hra-pairs", "hra-pairs-distance-own-second")
+HEADS = ["rate", "seeds", "new posts ↓", "over pairs", "tales ↓", "tweets ↓", "facts, % ↑", "moved", "time"]
 
 
 def complete(records: Sequence[Record]) -> list[Record]:
@@ -115,43 +111,67 @@ def complete(records: Sequence[Record]) -> list[Record]:
 def wanted() -> Iterator[tuple[str, str, float | None]]:
     """Task, method and rate of all runs of the tables."""
     yield from ((TASK, row.method, row.lr) for row in ROWS if "@" not in row.method)
-    yield from ((task, method, lr) for task in LAYERS for method, lr in IN_LAYERS.items() if task != TASK)
+    for tasks, methods in ((LAYERS, IN_LAYERS), (OTHERS, IN_OTHERS)):
+        yield from ((task, method, LORA if method == "lora" else PAIRS) for task in tasks for method in methods)
 
 
 def kept_table(records: Sequence[Record]) -> str:
     """A row for each method that ran: new posts, what is kept, how far the weights moved, and the time over LoRA's."""
-    plain, lora = ({run.seed: run for run in row.runs(records)} for row in (PLAIN, Row("lora", 5.5e-3)))
-    rows = []
-    for row in ROWS:
-        if not (runs := row.runs(records)):
-            continue
-        over = difference({run.seed: score(run) for run in runs}, {seed: score(run) for seed, run in plain.items()})
-        times = [run.seconds / lora[run.seed].seconds for run in runs if run.seed in lora]
-        rows.append(
-            [
-                label(row.method),
-                f"{runs[0].lr:g}" if runs[0].lr else "-",
-                str(len(runs)),
-                spread([score(run) for run in runs]),
-                "-" if row.method in ("base", PLAIN.method) or math.isnan(over.mean) else interval(over),
-                *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
-                f"{100 * statistics.fmean(map(moved, runs)):.1f}%",
-                "-" if row.method == "base" else number(statistics.fmean(times)) if times else "-",
-            ]
-        )
-    heads = ["rate", "seeds", "new posts ↓", "over pairs", "tales ↓", "tweets ↓", "facts, % ↑", "moved", "time"]
-    return table(["", *heads], rows)
+    found = ([label(row.method), *cells(records, row)] for row in ROWS if row.runs(records))
+    return table(["", *HEADS], list(found))
+
+
+def layers_table(records: Sequence[Record]) -> str:
+    """Adapters in all layers, in the MLPs alone, and in the attention alone, with as many parameters."""
+    places = {TASK: "all layers", **LAYERS}
+    rows = [
+        [f"{label(method)}, {told}", *cells(records, Row(method), task, (Row(method), TASK))]
+        for method in IN_LAYERS
+        for task, told in places.items()
+        if Row(method).runs(records, task)
+    ]
+    return table(["", *(head.replace("pairs", "all layers") for head in HEADS)], rows)
+
+
+def others_table(records: Sequence[Record]) -> str:
+    """Other texts to learn, and more steps."""
+    rows = [
+        [f"{told}: {label(method)}", *cells(records, Row(method), task, (PLAIN, task))]
+        for task, told in OTHERS.items()
+        for method in IN_OTHERS
+        if Row(method).runs(records, task)
+    ]
+    return table(["", *HEADS], rows)
+
+
+def cells(records: Sequence[Record], row: Row, task: str = TASK, over: tuple[Row, str] = (PLAIN, TASK)) -> list[str]:
+    """The cells of `HEADS`; `over` is what the new posts are compared with. The time is over LoRA's, in all layers."""
+    runs, others = row.runs(records, task), over[0].runs(records, over[1])
+    more = difference({run.seed: score(run) for run in runs}, {run.seed: score(run) for run in others})
+    lora = {run.seed: run.seconds for run in Row("lora").runs(records, task if task in OTHERS else TASK)}
+    times = [run.seconds / lora[run.seed] for run in runs if run.seed in lora and run.seconds]
+    return [
+        f"{runs[0].lr:g}" if runs[0].lr else "-",
+        str(len(runs)),
+        spread([score(run) for run in runs]),
+        "-"
+        if (row.method, task) == (over[0].method, over[1]) or math.isnan(more.mean) or not runs[0].lr
+        else interval(more),
+        *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
+        f"{100 * statistics.fmean(map(moved, runs)):.1f}%",
+        number(statistics.fmean(times)) if times else "-",
+    ]
 
 
 def guide_table(records: Sequence[Record]) -> str:
     """A row for each way to keep something that ran: new posts, and what is kept."""
-    found = [(row, runs) for row in GUIDE if (runs := row.runs(records))]
     columns = [("new posts ↓", ""), ("tales ↓", TALES), ("tweets ↓", TWEETS), ("facts, % ↑", FACTS)]
-    cells = [
+    found = [(row, runs) for row in (*map(Row, GUIDE), Row("full@0.75", 1.7e-4)) if (runs := row.runs(records))]
+    rows = [
         [label(row.method), str(len(runs)), *(spread([value(run, name) for run in runs]) for _, name in columns)]
         for row, runs in found
     ]
-    return table(["", "seeds", *(head for head, _ in columns)], cells)
+    return table(["", "seeds", *(head for head, _ in columns)], rows)
 
 
 def score(run: Record) -> float:
@@ -202,42 +222,3 @@ def at_movement(scales: Sequence[Record], wanted: float, name: str) -> float:
 def value(run: Record, name: str) -> float:
     """The perplexity of new posts, or what is kept as `name`."""
     return run.retention[name] if name else score(run)
-
-
-def layers_table(records: Sequence[Record]) -> str:
-    """Adapters in all layers, in the MLPs alone, and in the attention alone, with as many parameters."""
-    rows = []
-    for method, rate in IN_LAYERS.items():
-        everywhere = {run.seed: score(run) for run in Row(method, rate).runs(records)}
-        for task, told in LAYERS.items():
-            if not (runs := Row(method, rate).runs(records, task)):
-                continue
-            over = difference({run.seed: score(run) for run in runs}, everywhere)
-            rows.append(
-                [
-                    f"{label(method)}, {told}",
-                    f"{runs[0].trainable:,}",
-                    str(len(runs)),
-                    spread([score(run) for run in runs]),
-                    "-" if task == TASK or math.isnan(over.mean) else interval(over),
-                    *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
-                ]
-            )
-    heads = ["", "parameters", "seeds", "new posts ↓", "over all layers", "tales ↓", "tweets ↓", "facts, % ↑"]
-    return table(heads, rows)
-
-
-def parametrization_table(records: Sequence[Record]) -> str:
-    """Pairs as a parametrization, and as hooks on the optimizer in hra_fx 0.4, in the seeds of both."""
-    rows = []
-    for method in ("hra-pairs", "hra-pairs-protect"):
-        new = {run.seed: run for run in Row(method, 1e-2).runs(records)}
-        tested = [run for run in of(records, TASK, method) if run.test is not None and run.lr == 1e-2]
-        old = {run.seed: run for run in tested if run.moved is None and run.r == 8 and TWEETS in run.retention}
-        seeds = sorted(new.keys() & old.keys())
-        for name, told in (("", "new posts"), (TALES, "tales"), (TWEETS, "tweets")):
-            ours, theirs = ({seed: value(runs[seed], name) for seed in seeds} for runs in (new, old))
-            if seeds:
-                cells = [spread(list(values.values())) for values in (theirs, ours)]
-                rows.append([f"{label(method)}: {told}", str(len(seeds)), *cells, interval(difference(ours, theirs))])
-    return table(["perplexity ↓", "seeds", "hooks of 0.4", "parametrization", "difference"], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning.kept import complete, equal_movement_table, guide_table, kept_table, layers_table, parametrization_table
+from learning.kept import complete, equal_movement_table, guide_table, kept_table, layers_table, others_table
 from learning.kept_picture import DARK, LIGHT, kept_picture
 from learning.records import FILE, Record
 from learning.table import language_table, readme_table
@@ -18,7 +18,7 @@ TABLES = {
         "kept": kept_table,
         "equal movement": equal_movement_table,
         "layers": layers_table,
-        "pairs": parametrization_table,
+        "other texts": others_table,
     },
     PAGE.with_name("keep.md"): {"guide": guide_table},
 }
