@@ -9,26 +9,19 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hra_fx.config_fields import CHECKS, check_extra, field_hint
 from hra_fx.errors import CheckpointError, ConfigError
-from hra_fx.field_hints import TOKENS, field_hint
 from hra_fx.hub import check_options, download
-from hra_fx.patterns import layer_index_regex, matches_rank, rank_regex, saved_module_regex
-
-__all__ = ["CONFIG_NAME", "HRAConfig"]
+from hra_fx.patterns import matches_rank
 
 CONFIG_NAME = "adapter_config.json"
 #: Fields that PEFT's `HRAConfig` does not have -> values that are not written.
 _NOT_IN_PEFT: dict[str, tuple[Any, ...]] = {"rank_pattern": ({},), "target_parameters": (None, []), "pairs": (True,)}
-_TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-_BIASES = ("none", "all", "hra_only")
-#: Values of `bias` of other methods of PEFT.
-_OTHER_BIASES = ("lora_only", "oft_only", "boft_only")
 
 
 @dataclass(kw_only=True)
@@ -112,18 +105,16 @@ class HRAConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Normalize and check each field, then check the fields that depend on each other."""
-        self._check_scalars()
-        self.target_modules = _names_or_regex("target_modules", self.target_modules)
-        self.exclude_modules = _names_or_regex("exclude_modules", self.exclude_modules)
-        self.layers_to_transform = _indices(self.layers_to_transform)
-        self._check_layers_pattern()
-        self._check_modules_to_save()
-        self.target_parameters = _names("target_parameters", self.target_parameters) or None
-        self._check_rank_pattern()
-        self._check_together()
-        _check_extra(self.extra)
-        self.extra = dict(self.extra)
+        """Check each field and convert it to one form, then check the fields that depend on each other."""
+        for name, check in CHECKS.items():
+            setattr(self, name, check(name, getattr(self, name)))
+        self.extra = check_extra(self.extra, _field_names())
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                fix = "Put the indices into the regular expression, or pass `target_modules` as a list."
+                raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str. {fix}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at `path`: that of the first entry of `rank_pattern` that matches, else `r`."""
@@ -133,56 +124,6 @@ class HRAConfig:
     def trains_pairs(self, path: str) -> bool:
         """Whether the layer at `path` trains pairs."""
         return self.pairs and not self.apply_GS and self.rank_of(path) % 2 == 0
-
-    def _check_scalars(self) -> None:
-        check_positive_int("r", self.r)
-        for name in ("apply_GS", "init_weights", "inference_mode", "pairs"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
-        self.peft_type = _one_of("peft_type", self.peft_type, ("HRA",))
-        self.bias = _one_of("bias", self.bias, _BIASES)
-        if self.task_type is not None:
-            self.task_type = _one_of("task_type", self.task_type, _TASK_TYPES)
-        if isinstance(self.base_model_name_or_path, os.PathLike):
-            self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
-        for name in ("peft_version", "base_model_name_or_path", "revision"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ConfigError(f"`{name}` must be a str or None, got {getattr(self, name)!r}.")
-        if not isinstance(self.auto_mapping, dict | None):
-            raise ConfigError(f"`auto_mapping` must be a dict or None, got {self.auto_mapping!r}.")
-
-    def _check_layers_pattern(self) -> None:
-        patterns = self.layers_pattern
-        if patterns is None or isinstance(patterns, str):
-            entries = [] if not patterns else [patterns]
-        else:
-            entries = self.layers_pattern = _strings("layers_pattern", patterns)
-        for pattern in entries:
-            _compile("layers_pattern", pattern, layer_index_regex(pattern))
-
-    def _check_modules_to_save(self) -> None:
-        self.modules_to_save = _names("modules_to_save", self.modules_to_save)
-        for name in self.modules_to_save or ():
-            if not name:
-                raise ConfigError("`modules_to_save` must not contain an empty name.")
-            _compile("modules_to_save", name, saved_module_regex(name))
-
-    def _check_rank_pattern(self) -> None:
-        patterns = self.rank_pattern
-        if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-            raise ConfigError(f"`rank_pattern` must be a dict of names and ranks, got {patterns!r}.")
-        for pattern, rank in patterns.items():
-            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
-            _compile("rank_pattern", pattern, rank_regex(pattern))
-        self.rank_pattern = dict(patterns)
-
-    def _check_together(self) -> None:
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                fix = "Put the indices into the regular expression, or pass `target_modules` as a list."
-                raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str. {fix}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -295,81 +236,6 @@ def _local(directory: str | os.PathLike[str], subfolder: str | None, hub: Mappin
 
 def _field_names() -> list[str]:
     return [f.name for f in fields(HRAConfig) if f.name != "extra"]
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    """`value` as a plain string (PEFT's enums are strings too), which must be one of `allowed`."""
-    if not isinstance(value, str) or value not in allowed:
-        expected = f"one of {', '.join(map(repr, allowed))}" if len(allowed) > 1 else repr(allowed[0])
-        hint = " Use 'hra_only' for the biases of the adapted layers." if value in _OTHER_BIASES else ""
-        hint = hint or (" Use PEFT for adapters of other methods." if name == "peft_type" else "")
-        raise ConfigError(f"`{name}` must be {expected}, got {value!r}.{hint}")
-    return str.__str__(value)
-
-
-def check_positive_int(name: str, value: object) -> None:
-    """Check that an argument is a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ConfigError(f"`{name}` must be a positive int, got {value!r}.")
-
-
-def _strings(name: str, value: object) -> list[str]:
-    """A collection of strings as a list; a set, which has no order, is sorted."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        raise ConfigError(f"`{name}` must be a str or a list of str, got {value!r}.")
-    for entry in value:
-        if not isinstance(entry, str):
-            raise ConfigError(f"`{name}` must be a str or a list of str, got the entry {entry!r}.")
-    entries = [str.__str__(entry) for entry in value]
-    return sorted(entries) if isinstance(value, set | frozenset) else entries
-
-
-def _names(name: str, value: object) -> list[str] | None:
-    if isinstance(value, str):
-        raise ConfigError(f"`{name}` must be a list of names, got the str {value!r}. Use [{value!r}].")
-    return None if value is None else _strings(name, value)
-
-
-def _names_or_regex(name: str, value: Collection[str] | str | None) -> set[str] | str | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        _compile(name, value)
-        return str.__str__(value)
-    return set(_strings(name, value))
-
-
-def _indices(value: object) -> list[int] | int | None:
-    """`layers_to_transform` as None, one index or a list of indices."""
-    if value is None:
-        return None
-    many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
-    entries: list[Any] = list(value) if isinstance(value, Collection) and many else [value]
-    for entry in entries:
-        if not isinstance(entry, int) or isinstance(entry, bool) or entry < 0:
-            raise ConfigError(f"`layers_to_transform` must be an int >= 0 or a list of them, got {entry!r}.")
-    if not many:
-        return int(entries[0])
-    return sorted(entries) if isinstance(value, set | frozenset) else entries
-
-
-def _compile(name: str, regex: str, whole: str | None = None) -> None:
-    """Check that `regex` compiles, alone and as a part of the expression `whole`."""
-    for text, where in ((regex, ""), (whole, f" inside {whole!r}, where it is used")):
-        try:
-            re.compile(text or "")
-        except re.error as error:
-            raise ConfigError(f"`{name}`: {regex!r} is not a valid regular expression{where}: {error}.") from error
-
-
-def _check_extra(extra: object) -> None:
-    if not isinstance(extra, dict) or not all(isinstance(key, str) for key in extra):
-        raise ConfigError(f"`extra` must be a dict with str keys, got {extra!r}.")
-    for name in _field_names():
-        if name in extra:
-            raise ConfigError(f"`extra` must not contain the field {name!r}. Pass it as a keyword instead.")
-    if extra.get(TOKENS):
-        raise ConfigError(f"HRAConfig has no field `{TOKENS}`. {field_hint(TOKENS, ())}")
 
 
 def _plain(value: Any) -> Any:

@@ -6,10 +6,10 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import fold
 from hra_fx.atomic_write import flush
-from hra_fx.checkpoint.model_folder import CONFIG, IN_MEMORY, PIPELINE, WEIGHTS, Source, load_model, stored_dtypes
+from hra_fx.checkpoint.model_folder import CONFIG, IN_MEMORY, WEIGHTS, Source, load_model, stored_dtypes
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.model.state import adapted_layers
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
 
-Adapters: TypeAlias = Source | Sequence[Source]
 #: Endings of other files with weights.
 _OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
 
@@ -33,8 +32,6 @@ _OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 @dataclass(frozen=True)
 class CheckpointReport:
     """The result of `fold_checkpoint`: the new folder, and the paths of the layers with rotated weights.
-
-    In a pipeline, paths start with the name of the part: `"unet/mid_block.attentions.0.proj_in"`.
 
     Example:
         >>> print(CheckpointReport(Path("folded"), ("model.layers.0.q_proj",)))
@@ -52,7 +49,7 @@ class CheckpointReport:
 @without_removed_arguments
 def fold_checkpoint(
     base_dir: Source,
-    adapter_dir: Adapters | Mapping[str, Adapters],
+    adapter_dir: Source | Sequence[Source],
     out_dir: Source,
     *,
     overwrite: bool = False,
@@ -60,21 +57,18 @@ def fold_checkpoint(
 ) -> CheckpointReport:
     """Fold adapters into the model of a folder, `W <- W Q`, and write the folder of the folded model.
 
-    The model is loaded on the CPU with the class that its `config.json` names, so the memory must hold the whole model,
-    or the largest part of a pipeline that is adapted, and a few copies of one layer. `load_adapter` checks the adapters
-    before anything is written. Weights are then written by `save_pretrained`, with the same keys and dtypes, and all
-    other files are copied: the tokenizer, the chat template, code, and the other parts of a pipeline. Tensors that the
-    class does not use, such as heads for multi-token prediction, are not written.
+    The model is loaded on the CPU with the class that its `config.json` names, so the memory must hold the whole model
+    and a few copies of one layer. `load_adapter` checks the adapters before anything is written. Weights are then
+    written by `save_pretrained`, with the same keys and dtypes, and all other files are copied: the tokenizer, the chat
+    template, and code. Tensors that the class does not use, such as heads for multi-token prediction, are not written.
 
     The new folder is written as `.<name>.partial` beside `out_dir`, and renamed at the end. So `out_dir` is complete or
     unchanged. After an error the hidden folder is removed; if the process is killed, the next call removes it.
 
     Args:
-        base_dir: a folder with `config.json` and safetensors files, as saved by transformers or diffusers; or a
-            pipeline of diffusers.
-        adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order; or, for a
-            pipeline, a mapping from its subfolders to adapters. No mapping is needed if the adapters are in subfolders
-            with the names of the pipeline's parts.
+        base_dir: a folder with `config.json` and safetensors files, as saved by transformers or diffusers. For a
+            pipeline of diffusers, this is the folder of one of its parts, such as `"pipeline/unet"`.
+        adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order.
         out_dir: the folder to create. It must not be inside `base_dir` or contain it.
         overwrite: replace `out_dir` if it exists, after everything is written.
         trust_remote_code: whether to run code in `base_dir` that defines the class of a transformers model.
@@ -105,19 +99,17 @@ def fold_checkpoint(
         ('model.layers.0.self_attn.q_proj',)
     """
     base, out = Path(os.path.abspath(base_dir)), Path(os.path.realpath(out_dir))
-    adapters = _by_part(base, adapter_dir)
-    _check_folders(base, out, [source for several in adapters.values() for source in several], overwrite=overwrite)
-    rotated: list[str] = []
+    sources = [adapter_dir] if isinstance(adapter_dir, str | os.PathLike) else list(adapter_dir)
+    if not sources:
+        raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
+    _check_folders(base, out, sources, overwrite=overwrite)
     with _explained_errors(out), _staged(out) as folder:
-        for part, sources in adapters.items():
-            paths = _fold_part(base / part, sources, folder / part, trust_remote_code=trust_remote_code)
-            rotated += [f"{part}/{path}".lstrip("/") for path in paths]
-        _copy_others(base, folder, [base / part for part in adapters])
-    copied = [file for part in adapters for file in sorted((base / part).rglob("*")) if file.suffix in _OTHERS]
-    if kept := [file.relative_to(base).as_posix() for file in copied if not WEIGHTS.fullmatch(file.name)]:
-        text = f"{out}: {some_of(kept, 4)} may contain the base model's weights. Delete them, or do not load them."
+        rotated = _write_folded(base, sources, folder, trust_remote_code=trust_remote_code)
+        others = _copy_others(base, folder)
+    if others:
+        text = f"{out}: {some_of(others, 4)} may contain the base model's weights. Delete them, or do not load them."
         warnings.warn(text, HRAWarning, stacklevel=3)
-    return CheckpointReport(out, tuple(rotated))
+    return CheckpointReport(out, rotated)
 
 
 def load_base(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, list[str]]:
@@ -138,18 +130,18 @@ def load_adapters(model: Any, adapters: Sequence[Source]) -> list[str]:
     return names
 
 
-def _fold_part(base: Path, adapters: Sequence[Source], target: Path, *, trust_remote_code: bool) -> list[str]:
-    """Write the weights of a folded model, and its configuration if it changes. Returns the paths of the layers."""
+def _write_folded(base: Path, adapters: Sequence[Source], target: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
+    """Write the weights of the folded model, and its configuration if it changes. Returns the paths of the layers."""
     model, unused = load_base(base, trust_remote_code=trust_remote_code)
     if unused:
         text = f"{base}: {type(model).__name__} does not use {some_of(unused, 4)}, so the result lacks them."
         warnings.warn(text, HRAWarning, stacklevel=4)
     before = _configuration(model)
     names = load_adapters(model, adapters)
-    paths = [*adapted_layers(model)]
+    paths = (*adapted_layers(model),)
     fold(model, names)
     saved = target / "saved"
-    saved.mkdir(parents=True)
+    saved.mkdir()
     if generation := getattr(model, "generation_config", None):
         model.generation_config = type(generation)()  # the base's is copied; transformers does not save every one
     # Not in larger files than those of the base.
@@ -196,16 +188,17 @@ def _configuration(model: Any) -> Any:
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
-def _copy_others(base: Path, folder: Path, adapted: list[Path]) -> None:
-    """Copy all files but the weights of adapted models, and those that are written already."""
+def _copy_others(base: Path, folder: Path) -> list[str]:
+    """Copy all files but the weights, and those that are written already. Returns those with other weights."""
 
-    def written(source: str, names: list[str]) -> list[str]:
-        place = folder / Path(source).relative_to(base)
-        weights = [name for name in names if Path(source) in adapted and WEIGHTS.fullmatch(name)]
-        return weights + [name for name in names if (place / name).is_file()]
+    def left_out(source: str, names: list[str]) -> list[str]:
+        is_top = Path(source) == base
+        return [name for name in names if is_top and (WEIGHTS.fullmatch(name) or (folder / name).is_file())]
 
     # Links are followed, as in the Hub cache.
-    shutil.copytree(base, folder, ignore=written, dirs_exist_ok=True)
+    shutil.copytree(base, folder, ignore=left_out, dirs_exist_ok=True)
+    others = (file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.suffix in _OTHERS)
+    return [name for name in others if not WEIGHTS.fullmatch(name)]
 
 
 @contextlib.contextmanager
@@ -245,7 +238,7 @@ def _explained_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_folders(base: Path, out: Path, adapters: Iterable[Source], *, overwrite: bool) -> None:
+def _check_folders(base: Path, out: Path, adapters: Sequence[Source], *, overwrite: bool) -> None:
     """Check that the output folder is free, and does not overlap with the base or with an adapter."""
     real = Path(os.path.realpath(base))
     inputs = {"the base": real} | {f"adapter {source}": Path(os.path.realpath(source)) for source in adapters}
@@ -259,31 +252,3 @@ def _check_folders(base: Path, out: Path, adapters: Iterable[Source], *, overwri
             f"{out}: the output folder is not empty. Choose another folder, or pass overwrite=True (on the command "
             "line: --overwrite)."
         )
-
-
-def _by_part(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
-    """The adapters for each part of a pipeline, by its folder; for a single model, the folder is ""."""
-    if isinstance(adapter_dir, Mapping):
-        parts = {name: _listed(given) for name, given in adapter_dir.items()}
-    else:
-        parts = {"": _listed(adapter_dir)}
-    if not parts or not all(parts.values()):
-        raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
-    if not isinstance(adapter_dir, Mapping) and (base / PIPELINE).is_file():
-        sources, parts = parts[""], {}
-        for source in sources:
-            found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
-            for folder in found or [Path(source)]:
-                parts.setdefault(folder.name if found else "?", []).append(folder)
-    for name, sources in parts.items():
-        if (name and not (base / name).is_dir()) or Path(name).is_absolute() or ".." in Path(name).parts:
-            known = ", ".join(repr(file.parent.name) for file in sorted(base.glob(f"*/{CONFIG}")))
-            raise CheckpointError(
-                f"{sources[0]}: {base} has no part {name!r} for this adapter. It has {known or 'none'}. Name the part: "
-                f"adapter_dir={{'unet': {os.fspath(sources[0])!r}}} (--part unet)."
-            )
-    return parts
-
-
-def _listed(given: Adapters) -> list[Source]:
-    return [given] if isinstance(given, str | os.PathLike) else list(given)

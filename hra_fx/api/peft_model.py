@@ -12,14 +12,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import fold, transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.integrations import pretrained, push
-from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
@@ -80,6 +79,7 @@ class HRAModel(SwapMixin):
     enable_adapter_layers = enable_adapters = switch.enable_adapters
     unmerge_adapter = merge.unmerge_adapter
     push_to_hub = push.push_to_hub
+    save_pretrained = pretrained.save_pretrained
     create_or_update_model_card = pretrained.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -243,32 +243,6 @@ class HRAModel(SwapMixin):
         check_no_foreign_class(self.named_modules())
         remove_adapters(self, state, tuple(state.configs))
         return self
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        save_embedding_layers: bool | str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        """Write adapters as PEFT does: "default" into the folder, others into subfolders with their names.
-
-        `push_to_hub=True` also uploads them to the repository `repo_id`. By default, the repository has the name of the
-        folder. The options of `push_to_hub` are supported.
-
-        Raises:
-            AdapterError: `safe_serialization=False` (pickle files are never written), `save_embedding_layers=True` (use
-                `modules_to_save`), or the model has no such adapter.
-            CheckpointError: the adapter cannot be written.
-        """
-        if save_embedding_layers is True:
-            raise AdapterError("save_embedding_layers=True is not supported: name the embeddings in modules_to_save.")
-        saving: Any = {"state_dict": state_dict, "safe_serialization": safe_serialization}
-        save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:

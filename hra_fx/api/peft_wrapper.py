@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
+from hra_fx.checkpoint.folder import PREFIX
 from hra_fx.errors import AdapterError
-from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.peft_layers import is_of_peft
-
-#: The prefix of the base model's names in a `PeftModel`.
-_PREFIX = "base_model.model."
 
 
 class TakenOver(SwapMixin):
@@ -45,28 +42,15 @@ class TakenOver(SwapMixin):
         return self.get_base_model().generate(*args, **kwargs)
 
     @property
-    def _keys_to_ignore_on_save(self) -> set[str]:
-        """As for an `HRAModel`: the Trainer allows these keys to be missing when it resumes."""
-        return {_PREFIX + key for key in _adapted_base(self, "_keys_to_ignore_on_save")._keys_to_ignore_on_save}
+    def _keys_to_ignore_on_save(self) -> Any:
+        """The Trainer allows these keys to be missing when it resumes."""
+        return _adapted_base(self, "_keys_to_ignore_on_save")._keys_to_ignore_on_save
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Same as `HRAModel.save_pretrained`."""
-        if save_embedding_layers is True:
-            raise AdapterError("save_embedding_layers=True is not supported: name the embeddings in modules_to_save.")
-        if (state := kwargs.pop("state_dict", None)) is not None:
-            state = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
-        saving = {"state_dict": state, "safe_serialization": safe_serialization, "prefix": _PREFIX}
-        base = _adapted_base(self, "save_pretrained")
-        save_adapters(base, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state of this object, or of the base model, as a checkpoint of the Trainer has it."""
+        of_base = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
+        own = of_base or {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
+        return self.get_base_model().load_state_dict(own, *args, **kwargs)
 
 
 def _of_base(name: str) -> property:

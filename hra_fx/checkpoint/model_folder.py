@@ -85,8 +85,8 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Mod
 def read_config(path: Path) -> tuple[Path, dict[str, Any], str]:
     """The `config.json` of a folder or with this path, its content, and the name of its library."""
     if (path / PIPELINE).is_file():
-        parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
-        raise CheckpointError(f"{path}: is a diffusers pipeline. Pass one of its parts: {', '.join(parts)}.")
+        parts = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG}"))
+        raise CheckpointError(f"{path}: is a diffusers pipeline. Pass the folder of one part: {', '.join(parts)}.")
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file. {_EXPECTED} For any other model: {IN_MEMORY}")

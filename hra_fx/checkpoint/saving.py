@@ -17,11 +17,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.adapter import Resume
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
 from hra_fx.checkpoint.folder import (
+    PREFIX,
     adapter_entries,
     anchor_entry,
     copy_entry,
@@ -40,6 +42,7 @@ from hra_fx.functional.chain import ChainPart
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
+from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
@@ -121,39 +124,39 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
 
-def save_pretrained(
+def save_adapters(
     model: nn.Module,
     directory: str | os.PathLike[str],
     selected_adapters: Iterable[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     *,
     is_main_process: bool = True,
-    safe_serialization: bool = True,
-    prefix: str = "",
 ) -> None:
     """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
     A model card is also written, if the folder does not contain one. In a checkpoint folder of transformers' Trainer,
     the adapters' entries of the state are also saved to `model.safetensors`, from which the Trainer resumes bit by bit,
-    with pairs and kept directions. `prefix` is that of a wrapper, such as a `PeftModel`, in their names.
+    with pairs and kept directions. PEFT's own models would find none of their names there, and go on from initial
+    vectors. So the file also has an empty tensor with PEFT's name, for which their `load_state_dict` raises an error.
 
-    `state_dict` is the model's state, if a wrapper (FSDP, DeepSpeed) has gathered it. With `fully_shard` and no
-    `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of `save_adapter`.
+    `state_dict` is the model's state, if a wrapper (FSDP, DeepSpeed, a `PeftModel`) has gathered it. With `fully_shard`
+    and no `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of
+    `save_adapter`.
     """
-    if not safe_serialization:
-        raise AdapterError("safe_serialization must be True, got False: pickle files are never written.")
     (root, record), folder = root_of(model), Path(directory)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
-    state = _state_of(root) if state_dict is None else state_dict
+    given = _state_of(root) if state_dict is None else state_dict
+    state = {key.removeprefix(PREFIX): tensor for key, tensor in given.items()}
     shards = [tensor for tensor in state.values() if is_dtensor(tensor)]
     if not (is_main_process or shards):
         return
     contents = {name: _contents(root, record, name, state) for name in names}
     checkpoint = _CHECKPOINT.fullmatch(folder.name) and not (folder / "config.json").exists()
     keys = [key for key in adapter_entries(root) if key in state] if checkpoint else []
-    entries = {prefix + key: full_tensor(state[key]) for key in keys}
+    entries = {key: full_tensor(state[key]) for key in keys}
+    entries |= {f"{PREFIX}{key}": torch.empty(0) for key in keys if f".{REFLECTION}." in key}
 
     def write_all() -> None:
         for name, (config, tensors, metadata) in contents.items():

@@ -23,9 +23,6 @@ def fold(
         typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order of folding."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
-    part: Annotated[
-        str | None, typer.Option("--part", metavar="FOLDER", help="The part of a pipeline to change, such as unet.")
-    ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -38,13 +35,7 @@ def fold(
     from hra_fx.api.fold_checkpoint import fold_checkpoint
 
     hide_progress_bars()
-    report = fold_checkpoint(
-        base,
-        {part: adapters} if part else adapters,
-        out,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
+    report = fold_checkpoint(base, adapters, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
     show_result(report, as_json=as_json)
 
 

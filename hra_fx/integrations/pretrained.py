@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,16 +9,46 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import adapter_entries
-from hra_fx.checkpoint.saving import save_pretrained, write_card
+from hra_fx.checkpoint.folder import PREFIX, adapter_entries
+from hra_fx.checkpoint.saving import save_adapters, write_card
 from hra_fx.errors import AdapterError
-from hra_fx.integrations.push import push_to_hub, upload
+from hra_fx.integrations.push import push_to_hub
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.sharding import is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.state import adapted_layers, names_in, root_of
+from hra_fx.model.state import adapted_layers, root_of
 from hra_fx.model.tied import parts
+
+
+def save_pretrained(
+    self: nn.Module,
+    save_directory: str | os.PathLike[str],
+    *,
+    selected_adapters: Iterable[str] | None = None,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    safe_serialization: bool = True,
+    save_embedding_layers: bool | str = "auto",
+    push_to_hub: bool = False,
+    **ignored: object,
+) -> None:
+    """Write adapters, without base weights: "default" into the folder, others into subfolders with their names.
+
+    Load them into the base model with `hra_fx.load_adapter`, or, if PEFT is installed, with `from_pretrained` of
+    transformers. To write a whole model, fold it first. Other options of the libraries are ignored.
+
+    Raises:
+        AdapterError: the model has no such adapter; or an option asks for what is not supported: pickle files
+            (`safe_serialization=False`), a copy of the embeddings (`save_embedding_layers=True`), or an upload.
+        CheckpointError: the adapter cannot be written.
+    """
+    if not safe_serialization:
+        raise AdapterError("safe_serialization must be True, got False: pickle files are never written.")
+    if save_embedding_layers is True:
+        raise AdapterError("save_embedding_layers=True is not supported: name the embeddings in modules_to_save.")
+    if push_to_hub:
+        raise AdapterError("push_to_hub=True was removed in 0.5. Call hra_fx.push_to_hub(model, repo_id).")
+    save_adapters(self, save_directory, selected_adapters, state_dict, is_main_process=is_main_process)
 
 
 def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
@@ -46,6 +75,7 @@ class AdaptedPretrainedModel(AdaptedModel):
     # transformers' Trainer calls it when it writes its model card.
     create_or_update_model_card = create_or_update_model_card
     push_to_hub = push_to_hub
+    save_pretrained = save_pretrained
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -57,25 +87,10 @@ class AdaptedPretrainedModel(AdaptedModel):
             methods["tie_weights"] = _tie_weights
         return methods
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        selected_adapters: Iterable[str] | None = None,
-        safe_serialization: bool = True,
-        push_to_hub: bool = False,
-        **kwargs: object,
-    ) -> None:
-        """Write adapters, without base weights: "default" into the folder, others into subfolders with their names.
-
-        Load them into the base model with `hra_fx.load_adapter`, or, if PEFT is installed, with `from_pretrained` of
-        transformers. To write a whole model, fold it first. `push_to_hub` also uploads the files to the repository
-        `repo_id` (default: the name of the folder), with the options of `push_to_hub`. `safe_serialization` must be
-        true, because pickle files are never written. Other options of the base class are ignored.
-        """
-        saving: Any = {"state_dict": state_dict, "safe_serialization": safe_serialization}
-        save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state, without the entries with which a checkpoint stops PEFT (see `save_adapters`)."""
+        own = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
+        return super().load_state_dict(own, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings like the base class. Adapters on them or on the output layer raise an error."""
@@ -126,25 +141,6 @@ def _refuse_to_fuse(self: nn.Module) -> None:
     )
 
 
-def save_adapters(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    selected_adapters: Iterable[str] | None,
-    is_main_process: bool,
-    push_to_hub: bool,
-    saving: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> None:
-    """Save adapters (`None` for all), and optionally upload them, with the options of `push_to_hub`."""
-    save_pretrained(model, directory, selected_adapters, is_main_process=is_main_process, **saving)
-    shards = [p for p in model.parameters() if is_dtensor(p)] if saving["state_dict"] is None else []
-    if push_to_hub and (is_main_process or shards):
-        state = root_of(model)[1]
-        names = names_in(state, state.configs if selected_adapters is None else selected_adapters)
-        repository = options.get("repo_id", Path(directory).name)
-        on_first_rank(shards, lambda: upload(Path(directory), repository, names, options))
-
-
 def root_class_for(model: nn.Module) -> type[AdaptedModel]:
     """The class that is mixed into a model. For models with `save_pretrained`, it replaces more methods."""
     pretrained = callable(getattr(original_class(model), "save_pretrained", None))
@@ -153,26 +149,18 @@ def root_class_for(model: nn.Module) -> type[AdaptedModel]:
 
 def _check_resizable(model: Any) -> None:
     """Check that no adapter is on the embeddings or the output layers, and that none has a trained copy of them."""
-    # The input embeddings, then the output layers.
     found = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = [part for end in found if isinstance(end, nn.Module) for part in end.modules()]
     rows = getattr(ends[0], "num_embeddings", None) if ends else None
-    own: Any = original_class(model)
-    base: Any = next(cls for cls in own.__mro__ if cls.__name__ == "PreTrainedModel")
-    # A class with a method of its own, such as MobileBERT, also resizes layers whose input has an entry for each token.
-    resizes_more = own.resize_token_embeddings is not base.resize_token_embeddings
-    adapted = (
-        path
-        for path, layer in adapted_layers(model).items()
-        if layer in ends or (resizes_more and layer.hra_u.width == rows)
-    )
-    trained = (
+    # Some classes, such as MobileBERT, also resize other layers with an entry for each token.
+    adapted = [path for path, layer in adapted_layers(model).items() if layer in ends or layer.hra_u.width == rows]
+    trained = [
         path
         for path, (owner, _) in all_copies(model).items()
         if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows)
-    )
-    if path := next(itertools.chain(adapted, trained), None):
+    ]
+    if paths := adapted + trained:
         raise AdapterError(
-            f"{path}: an adapter rotates it or has a trained copy of it, and resize_token_embeddings would lose that. "
-            "Resize before hra_fx.transform, or fold first."
+            f"{paths[0]}: an adapter rotates it or has a trained copy of it, and resize_token_embeddings would lose "
+            "that. Resize before hra_fx.transform, or fold first."
         )

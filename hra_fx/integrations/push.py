@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from hra_fx.checkpoint.folder import WEIGHTS_NAME
-from hra_fx.checkpoint.saving import CARD_NAME, save_pretrained
-from hra_fx.config import CONFIG_NAME
+from hra_fx.checkpoint.saving import CARD_NAME, save_adapters
 from hra_fx.layers.sharding import on_first_rank
 
-_MESSAGE = "Upload HRA adapter"
 _COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
 
 
@@ -44,30 +40,21 @@ def push_to_hub(
         HfHubHTTPError: the upload failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, selected_adapters)
-        return on_first_rank(model.parameters(), lambda: upload(Path(folder), repo_id, None, options))
+        save_adapters(model, folder, selected_adapters)
+        return on_first_rank(model.parameters(), lambda: _upload(folder, repo_id, options))
 
 
-def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, options: Mapping[str, Any]) -> str:
-    """Upload the files that `save_pretrained` wrote, except a model card if the repository already has one.
-
-    Without `adapter_names`, the whole folder is uploaded. Unknown `options` are ignored.
-    """
+def _upload(folder: str, repo_id: str, options: dict[str, Any]) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi(token=options.get("token"))
     repository = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
-    files = None
-    if adapter_names is not None:
-        places = ["" if name == "default" else f"{name}/" for name in adapter_names]
-        files = [CARD_NAME, *(place + file for place in places for file in (CONFIG_NAME, WEIGHTS_NAME))]
     has_card = api.file_exists(repository, CARD_NAME, revision=options.get("revision"))
     commit = {name: value for name, value in options.items() if name in _COMMIT}
     url = api.upload_folder(
         repo_id=repository,
         folder_path=folder,
-        allow_patterns=files,
         ignore_patterns=[CARD_NAME] if has_card else None,
-        **{"commit_message": _MESSAGE, **commit},
+        **{"commit_message": "Upload HRA adapter", **commit},
     )
     return str(url)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.config import check_positive_int
+from hra_fx.config_fields import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import reshard

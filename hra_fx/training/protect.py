@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.config import check_positive_int
+from hra_fx.config_fields import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer

@@ -84,16 +84,6 @@ def test_fold_writes_the_folder_of_the_function(shelf: Shelf, tmp_path: Path) ->
     assert len(done.json["rotated"]) == 6
 
 
-def test_fold_takes_a_part_of_a_pipeline(tmp_path: Path) -> None:
-    unet().save_pretrained(tmp_path / "pipe" / "unet")
-    (tmp_path / "pipe" / "model_index.json").write_text("{}")
-    adapter = adapter_of(unet(), tmp_path / "adapter", "to_q")
-    words = ("fold", tmp_path / "pipe", adapter, tmp_path / "out")
-    assert mistake(*words).endswith("(--part unet).")
-    assert " layers rotated" in answer(*words, "--part", "unet")
-    assert picture(tmp_path / "out").keys() == picture(tmp_path / "pipe").keys()
-
-
 def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: Path) -> None:
     out, base = tmp_path / "out", tmp_path / "base"
     out.mkdir()
@@ -115,6 +105,7 @@ REMOVED = {
     "visualize": "call hra_fx.visualize(model,",
     "--rows": "Leave it out",
     "--debug": "Call the function",
+    "--part": "Pass the folder of the part as BASE",
     "--quiet": "Redirect",
     "--verify": "Leave it out",
 }

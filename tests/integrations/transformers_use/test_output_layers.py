@@ -12,7 +12,6 @@ from integrations.transformers_use.tied import CASES, VOCABULARY, Case, case, lo
 from model.many import refuses
 from oracles import relative_error
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_fx
 
@@ -114,10 +113,3 @@ def test_an_adapted_head_is_not_resized(kind: str) -> None:
     model = transformed(made, made.head)
     with refuses(model, rf"^{made.head}: an adapter rotates it or has a trained copy of it, and resize_token_"):
         model.resize_token_embeddings(VOCABULARY + 8)
-
-
-def test_a_model_as_wide_as_its_vocabulary_is_resized() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["q_proj"])).resize_token_embeddings(40)
-    assert model(input_ids=torch.tensor([[1, 39]])).logits.shape[-1] == 40

@@ -100,6 +100,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "With transformers' Trainer and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's "
         "configuration.",
     ),
+    ({"push_to_hub": True}, "push_to_hub=True was removed in 0.5. Call hra_fx.push_to_hub(model, repo_id)."),
     ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
     ({"selected_adapters": ["other"]}, "the model has no adapter 'other'. It has 'default'."),
     ({"selected_adapters": []}, "selected_adapters must not be empty. Use None to save all adapters."),
@@ -184,8 +185,8 @@ def test_the_trainers_card_gets_the_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("huggingface-hub>=1.5")
-def test_push_to_hub_and_save_pretrained_upload_what_they_write(tmp_path: Path) -> None:
-    model, folder = adapted("llama", "HRAModel"), tmp_path / "user" / "name"
+def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path: Path) -> None:
+    model = adapted("llama", "HRAModel")
     with one_hub() as files:
         url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine", max_shard_size="1GB")
         assert url.endswith("/user/name/commit/1")
@@ -193,18 +194,10 @@ def test_push_to_hub_and_save_pretrained_upload_what_they_write(tmp_path: Path) 
         assert files == {name: (tmp_path / name).read_bytes() for name in FILES}
         # The card of the repository is somebody's by now.
         files["README.md"] = b"# Mine"
+        hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))
         model.push_to_hub("user/name", token="hf_x")
+        assert files.keys() == {*FILES, "second/adapter_config.json", "second/adapter_model.safetensors"}
         assert files["README.md"] == b"# Mine"
         files.clear()
-        hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))
-        (folder / "checkpoint-1").mkdir(parents=True)
-        (folder / "checkpoint-1" / "adapter_config.json").write_text("of the Trainer")
-        model.save_pretrained(folder, push_to_hub=True, repo_id="user/name", token="hf_x", max_shard_size="1GB")
-        written = [*FILES, "second/adapter_config.json", "second/adapter_model.safetensors"]
-        assert files == {name: (folder / name).read_bytes() for name in written}
-        files.clear()
-        # The repository is named as the folder is; another process uploads nothing.
-        model.save_pretrained(folder, push_to_hub=True, is_main_process=False)
-        assert not files
-        model.save_pretrained(folder, push_to_hub=True, selected_adapters=["default"], token="hf_x")
+        model.push_to_hub("user/name", selected_adapters=["default"], token="hf_x")
         assert files.keys() == FILES
