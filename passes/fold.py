@@ -1,43 +1,65 @@
-"""fold: remove the reflections from a graph, for example after they are folded into the weights."""
+"""fold: write `W Q` into the weights, and remove the reflections, so that the graph is that of the base model.
+
+h = layer.hra_u(x);  y = layer(x, h)    becomes    y = layer(x),  with  W <- W Q
+"""
 
 from __future__ import annotations
 
-from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+import torch
+from torch import fx, nn
 
+from hra_fx.errors import GraphInvariantError
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.target import FACTORS, REFLECTION, weight_entry
+from hra_fx.layers.target import FACTORS, REFLECTION, held_weight, weight_entry
+from hra_fx.passes.reflection import REFLECTED
 
 
-class FoldPass(PassBase):
-    """Undoes `insert`. The result is the graph of the base model, node for node."""
+def fold(graph_module: fx.GraphModule, *, child: str = REFLECTION) -> fx.GraphModule:
+    """Fold the adapter of each layer into its weight, in place, and remove it from the layer and from the graph.
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite the graph and recompile it."""
-        graph = graph_module.graph
-        is_changed = False
-        # In reverse order, so that a reflection of an input does not have readers when it is erased.
-        for node in reversed(graph.find_nodes(op="call_module")):
-            layer, _, child = str(node.target).rpartition(".")
-            if child == REFLECTION:
-                _remove(node, layer, weight_entry(layer, graph_module.get_submodule(layer)))
-            elif node.target == FACTORS:
-                graph.erase_node(node)
-            elif isinstance(experts := graph_module.get_submodule(str(node.target)), ExpertsWeight):
-                node.op, node.target = "get_attr", weight_entry(str(node.target), experts)
-            else:
-                continue
-            is_changed = True
-        if is_changed:
-            graph_module.recompile()
-        return PassResult(graph_module, is_changed)
+    The result is the graph before `insert`, node for node. For adapters of `transform`, `hra_fx.fold` does the same: it
+    checks all weights first, computes in float64, and may keep some of them.
+
+    Args:
+        graph_module: a graph that calls layers with an adapter.
+        child: the name of the adapter in its layer. Without this child, the layer must compute `W x`.
+
+    Raises:
+        GraphInvariantError: `transform` added the adapters.
+    """
+    if FACTORS in graph_module._modules:
+        raise GraphInvariantError("hra_fx.transform added the adapters of this graph. Call hra_fx.fold(graph).")
+    for layer in [layer for layer in graph_module.modules() if child in layer._modules]:
+        weight, reflection = held_weight(layer), layer._modules[child]
+        assert weight is not None and reflection is not None
+        with torch.no_grad():
+            weight.copy_(reflection(weight=weight))
+        del layer._modules[child]
+    return erase(graph_module, child=child)
 
 
-def _remove(reflection: fx.Node, layer: str, weight: str) -> None:
+def erase(graph_module: fx.GraphModule, *, child: str = REFLECTION) -> fx.GraphModule:
+    """Undo `insert`, in place, and recompile the graph. The layers keep their adapters, and reflect by themselves."""
+    graph = graph_module.graph
+    # In reverse order, so that a reflection of an input does not have readers when it is erased.
+    for node in reversed(graph.find_nodes(op="call_module")):
+        path, _, name = str(node.target).rpartition(".")
+        if name == child:
+            _remove(node, path, graph_module.get_submodule(path))
+        elif node.target == FACTORS:
+            graph.erase_node(node)
+        elif isinstance(experts := graph_module.get_submodule(str(node.target)), ExpertsWeight):
+            node.op, node.target = "get_attr", weight_entry(str(node.target), experts)
+    graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _remove(reflection: fx.Node, path: str, layer: nn.Module) -> None:
     if isinstance(base := reflection.kwargs.get("weight"), fx.Node):
-        base.target = weight
+        base.target = weight_entry(path, layer)
         reflection.replace_all_uses_with(base)
-    for user in list(reflection.users):
-        if user.target == layer:
-            user.args = user.args[:1]
+    for call in [user for user in reflection.users if user.target == path]:
+        call.args = call.args[:1]
+        call.kwargs = {name: value for name, value in call.kwargs.items() if name != REFLECTED}
     reflection.graph.erase_node(reflection)

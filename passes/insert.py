@@ -19,33 +19,38 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION, layer_of_entry
+from hra_fx.passes.reflection import REFLECTED, Reflection, is_reflected, is_rotated
 
 
-class InsertPass(PassBase):
-    """Inserts a reflection for each given node."""
+def insert(graph_module: fx.GraphModule, uses: Iterable[fx.Node], *, child: str = REFLECTION) -> fx.GraphModule:
+    """Insert a reflection for each use of a layer, in place, and recompile the graph.
 
-    def __init__(self, uses: Iterable[fx.Node]) -> None:
-        """Prepare for one graph; `uses` are its nodes that `passes.match.find_uses` found."""
-        self._uses = list(uses)
+    A use that has a reflection is left as it is. So is the call of a layer that changes its weight itself, such as
+    attention.
 
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite the graph and recompile it."""
-        graph = graph_module.graph
-        size = len(graph.nodes)
-        factors = _factors(graph_module)
-        for node in self._uses:
-            if node.op == "get_attr":
-                _insert_after(node, layer_of_entry(graph_module, str(node.target)))
-            else:
-                _insert_before(graph_module, node, factors)
-        if is_changed := bool(self._uses) or len(graph.nodes) > size:
-            graph.lint()
-            graph_module.recompile()
-        return PassResult(graph_module, is_changed)
+    Args:
+        graph_module: a graph that calls layers.
+        uses: nodes of the graph, from `match`. Each layer has its adapter.
+        child: the name of the adapter in its layer.
+
+    Raises:
+        GraphInvariantError: the input of a call is not a value of the graph.
+    """
+    factors = _factors(graph_module)
+    for node in uses:
+        if node.op == "get_attr":
+            _insert_after(graph_module, node, child)
+            continue
+        reflection: Any = graph_module.get_submodule(str(node.target))._modules[child]
+        if reflection.reflects_input and not is_reflected(node):
+            _insert_before(node, reflection, child, factors)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
 
 
 def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
@@ -60,7 +65,7 @@ def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
         return (graph.call_module(FACTORS),)
 
 
-def _insert_before(graph_module: fx.GraphModule, node: fx.Node, factors: tuple[fx.Node, ...]) -> None:
+def _insert_before(node: fx.Node, child: Reflection, name: str, factors: tuple[fx.Node, ...]) -> None:
     # A keyword argument may have any name, depending on the layer's class.
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(value, fx.Node):
@@ -68,28 +73,35 @@ def _insert_before(graph_module: fx.GraphModule, node: fx.Node, factors: tuple[f
             f"node {node.name!r}: the call of {node.target} has no traced input. Exclude this layer, or open an issue."
         )
     with node.graph.inserting_before(node):
-        reflection = _reflection(node, str(node.target), (value, *factors), {})
+        reflection = _reflection(node, f"{node.target}.{name}", (value, *factors), {})
     if "val" in value.meta and "val" in node.meta:
-        adapters: Any = graph_module.get_submodule(str(reflection.target))
-        reflection.meta["val"] = adapters.value_in_graph(value.meta["val"], node.meta["val"])
-    node.args, node.kwargs = (value, reflection), {}
+        reflection.meta["val"] = child.value_in_graph(value.meta["val"], node.meta["val"])
+    if node.args:
+        node.args = (value, reflection)
+    else:
+        node.kwargs = {**node.kwargs, REFLECTED: reflection}
 
 
-def _insert_after(node: fx.Node, layer: str) -> None:
-    if layer != str(node.target).rpartition(".")[0]:  # experts
-        node.op, node.target = "call_module", layer
-        return
-    node.target = f"{layer}.{BASE_WEIGHT}"
+def _insert_after(graph_module: fx.GraphModule, node: fx.Node, name: str) -> None:
+    path = layer_of_entry(graph_module, str(node.target))
+    layer = graph_module.get_submodule(path)
     readers = list(node.users)
+    if isinstance(layer, ExpertsWeight):
+        node.op, node.target = "call_module", path
+        return
+    if any(is_rotated(reader, name) for reader in readers):
+        return
+    if hasattr(layer, BASE_WEIGHT):
+        node.target = f"{path}.{BASE_WEIGHT}"
     with node.graph.inserting_after(node):
-        reflection = _reflection(node, layer, (), {"weight": node})
+        reflection = _reflection(node, f"{path}.{name}", (), {"weight": node})
     if "val" in node.meta:  # W Q has the shape and dtype of W
         reflection.meta["val"] = node.meta["val"]
     for reader in readers:
         reader.replace_input_with(node, reflection)
 
 
-def _reflection(node: fx.Node, layer: str, args: Any, kwargs: Any) -> fx.Node:
-    reflection = node.graph.create_node("call_module", f"{layer}.{REFLECTION}", args, kwargs)
+def _reflection(node: fx.Node, target: str, args: Any, kwargs: Any) -> fx.Node:
+    reflection = node.graph.create_node("call_module", target, args, kwargs)
     reflection.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     return reflection

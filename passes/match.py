@@ -1,13 +1,12 @@
-"""match: find the calls of selected layers, and the reads of their weights."""
+"""match: find the nodes that use selected layers, their calls and the reads of their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import fx, nn
 
-from hra_fx.layers.target import REFLECTION, layer_of_entry, weight_entry
+from hra_fx.config import HRAConfig
+from hra_fx.layers.target import REFLECTION, find_kind, layer_of_entry, weight_entry
+from hra_fx.selection.select import select
 
 #: Attributes and methods that do not depend on the values of a tensor.
 _METADATA = frozenset(
@@ -15,44 +14,41 @@ _METADATA = frozenset(
 ) | {"stride", "ndimension", "is_floating_point", "get_device"}
 
 
-def find_uses(graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Module], bool]) -> list[fx.Node]:
-    """Find the nodes for which `insert` has to add a reflection. The graph is not changed.
+def match(graph_module: fx.GraphModule, config: HRAConfig | None = None, *, child: str = REFLECTION) -> list[fx.Node]:
+    """Find the nodes that use layers, in the order of the graph. The graph is not changed.
 
-    These are the calls of layers that reflect their input, and the reads of the weights of adapted layers, unless only
-    metadata, such as the dtype, is used. A call that already takes a reflection is not found. A module that is called
-    as a whole, such as attention, rotates the weights inside it, so it does not need a reflection either.
+    These are the calls of the layers, and the reads of their weights, unless only metadata, such as the dtype, is used.
 
     Args:
         graph_module: a graph that calls layers.
-        is_selected: whether to find the uses of an adapted layer. Takes its path in the graph, by which it is called or
-            read, and the layer, which has its adapters as its child `hra_u`.
+        config: its targets, exclusions and layer indices select the layers, as in `transform`. Without it, all layers
+            that have an adapter are selected.
+        child: the name of the adapter in a layer.
+
+    Raises:
+        SelectionError: the configuration does not fit the model.
 
     Example:
-        >>> from hra_fx import HRAConfig, transform
-        >>> from hra_fx.passes.fold import FoldPass
         >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
-        >>> graph = transform(graph, HRAConfig(r=2, target_modules=["0", "2"]))
-        >>> [node.target for node in FoldPass()(graph).graph_module.graph.nodes]
-        ['input', '0', '1', '2', 'output']
-        >>> find_uses(graph, lambda path, layer: path != "0")
+        >>> match(graph, HRAConfig(target_modules="all-linear", exclude_modules=["0"]))
         [_2]
     """
-    return [node for node in graph_module.graph.nodes if _is_use(node, graph_module, is_selected)]
+    if config is None:
+        layers = {layer for layer in graph_module.modules() if child in layer._modules}
+    else:
+        layers = set(select(graph_module, config).values())
+    return [node for node in graph_module.graph.nodes if _is_use(node, graph_module, layers)]
 
 
-def _is_use(node: fx.Node, graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Module], bool]) -> bool:
-    if node.op not in ("call_module", "get_attr"):
+def _is_use(node: fx.Node, graph_module: fx.GraphModule, layers: set[nn.Module]) -> bool:
+    if node.op == "call_module":
+        return graph_module.get_submodule(str(node.target)) in layers
+    if node.op != "get_attr":
         return False
-    path = target = str(node.target)
-    if node.op == "get_attr":
-        path = layer_of_entry(graph_module, target)
+    path = layer_of_entry(graph_module, str(node.target))
     layer = graph_module.get_submodule(path)
-    if REFLECTION not in layer._modules or not is_selected(path, layer):
-        return False
-    if node.op == "get_attr":
-        return target == weight_entry(path, layer) and not all(map(is_metadata, node.users))
-    adapters: Any = layer._modules[REFLECTION]
-    return bool(adapters.reflects_input) and len(node.args) + len(node.kwargs) == 1
+    is_weight = layer in layers and find_kind(layer) is not None and node.target == weight_entry(path, layer)
+    return is_weight and not all(map(is_metadata, node.users))
 
 
 def is_metadata(node: fx.Node) -> bool:

@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 USES = """
 import passes, torch, hra_fx
 from torch import nn
-from hra_fx.passes.match import find_uses
+from hra_fx.passes import match
 
 assert passes.OWN and not hasattr(passes, "fold")
 config = hra_fx.HRAConfig(r=2, target_modules=["0"])
 hra_fx.transform(nn.Sequential(nn.Linear(4, 4)), config)
 graph = hra_fx.transform(nn.Sequential(nn.Linear(4, 4)), config, trace=True)
-assert "hra_u" in graph.code and "hra_u" not in hra_fx.fold(graph).code
+assert len(match(graph)) == 1 and "hra_u" in graph.code and "hra_u" not in hra_fx.fold(graph).code
 print(hra_fx.__file__)
 """
 

@@ -14,15 +14,14 @@ from hra_fx.export.program import refuse_operators
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.model.fold import prepare_fold
+from hra_fx.model.graphs import graph_of
 from hra_fx.model.inject import all_or_nothing, random_init
 from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers, unwrap
+from hra_fx.passes import adapt
 from hra_fx.removed import without_removed_arguments
-from hra_fx.selection.check import select_checked
-from hra_fx.selection.origin import keep_origin, origin_of
 from hra_fx.selection.select import select, with_head
-from hra_fx.tracing.graphs import graph_of, trace_model
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,16 +99,20 @@ def transform(
     config = with_head(module, checked(module, config, adapter_name))
     if dynamic_shapes is not None and (not trace or isinstance(module, fx.GraphModule)):
         raise AdapterError("`dynamic_shapes` needs trace=True and a model that is not a GraphModule.")
-    if trace and not isinstance(module, fx.GraphModule):
-        traced: Any = _traced(module, config, example_inputs, dynamic_shapes)
-        return transform(traced, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)  # type: ignore[no-any-return]
-    if not _is_done(module, config, adapter_name):
+
+    def attach(root: nn.Module) -> None:
         fill = random_init(adapter_name, config, on_meta=low_cpu_mem_usage)
-        set_up(module, config, adapter_name, fill, root_class=root_class_for(module))
+        set_up(root, config, adapter_name, fill, root_class=root_class_for(root))
+
+    if trace and not isinstance(module, fx.GraphModule):
+        _check_traceable(module)
+        return adapt(module, config, attach, example_inputs, dynamic_shapes)  # type: ignore[return-value]
+    if not _is_done(module, config, adapter_name):
+        attach(module)
     return model
 
 
-def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_shapes: Any) -> fx.GraphModule:
+def _check_traceable(model: nn.Module) -> None:
     if get_state(model) or adapted_layers(model):
         raise AdapterError(
             f"trace=True: {type(model).__name__} already has adapters. Use trace=True when you add the first one, or "
@@ -120,10 +123,6 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_sh
             f"trace=True: {hooked} has a hook of accelerate, which a graph would not run. Leave out trace=True, or "
             "call accelerate.hooks.remove_hook_from_submodules(model) first."
         )
-    layers = select_checked(model, config)
-    traced = trace_model(model, list(layers.values()), example_inputs, dynamic_shapes)
-    keep_origin(traced, origin_of(model))
-    return traced
 
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:

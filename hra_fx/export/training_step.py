@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree, require
 from hra_fx.errors import AdapterError, CaptureError
+from hra_fx.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.export.program import refuse_operators
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized import quant_scheme_of
-from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
-from hra_fx.tracing.exported import exporting, without_caches
-from hra_fx.tracing.inputs import argument_names
-from hra_fx.tracing.nodes import replace_node
+from hra_fx.passes.exported import exporting, without_caches
+from hra_fx.passes.inputs import argument_names
+from hra_fx.passes.nodes import replace_node
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -106,18 +106,18 @@ class AdaptedConv(AdaptedLayer):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Subtract `project(read)` from the forward of `base`. If `read` is `None`, it is computed from the input."""
+        """Subtract `project(reflected)` from the forward of `base`. If it is `None`, it is computed from the input."""
 
         @functools.wraps(base.forward)
-        def forward(self: Any, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
+        def forward(self: Any, input: Tensor, reflected: tuple[Tensor, Tensor] | None = None) -> Any:
             adapters: Any = self._modules[REFLECTION]
             weight = adapters.weight_of(self)
-            if read is None:
+            if reflected is None:
                 output = adapters.output_of(input, weight, self)
                 if output is not None:
                     return output
-                read = call(adapters, input)
+                reflected = call(adapters, input)
             output = self._conv_forward(input, weight, self.bias)
-            return output if read is None else output - adapters.project(read, weight)
+            return output if reflected is None else output - adapters.project(reflected, weight)
 
         return {**super().wrap(base), "forward": forward}

@@ -18,14 +18,13 @@ from torch import fx, nn
 
 from hra_fx.compat import is_exporting, is_replica
 from hra_fx.kernels.dispatch import is_plain_eager
-from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import start_of_forward
 from hra_fx.layers.running import Run
-from hra_fx.layers.target import BASE_WEIGHT, FACTORS
-from hra_fx.model.state import is_adapted
-from hra_fx.passes.fold import FoldPass
-from hra_fx.passes.insert import InsertPass
-from hra_fx.passes.match import find_uses
+from hra_fx.layers.target import FACTORS
+from hra_fx.passes.fold import erase
+from hra_fx.passes.graph import UnpicklingTracer
+from hra_fx.passes.insert import insert
+from hra_fx.passes.match import match
 
 
 class BatchedFactors(nn.Module):
@@ -46,32 +45,14 @@ class BatchedFactors(nn.Module):
         return start_of_forward(self.state.layers)
 
 
-class UnpicklingTracer(fx.Tracer):
-    """Traces the code of a graph, as fx does to unpickle it. Reads of buffers and of base weights are nodes."""
-
-    proxy_buffer_attributes = True
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Create a node. fx would read the base weight as `layer.weight`, which is `W Q` while a model runs."""
-        if isinstance(m, HouseholderAdapters) and "weight" in kwargs:
-            layer = self.path_of_module(m).rpartition(".")[0]
-            kwargs = {"weight": self.create_proxy("get_attr", f"{layer}.{BASE_WEIGHT}", (), {})}
-        return super().call_module(m, forward, args, kwargs)
-
-
 def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:
     """Insert the reflections of all adapted layers into the graph, instead of the ones that it has."""
     undo.callback(setattr, module, "graph", module.graph)
     graph = copy.deepcopy(module.graph)
     vars(module)["_tracer_cls"] = graph._tracer_cls = UnpicklingTracer
     module.graph = graph
-    FoldPass()(module)
+    erase(module)
     if FACTORS not in module._modules:
         module.add_module(FACTORS, BatchedFactors())
         undo.callback(module._modules.pop, FACTORS, None)
-    insert(module)
-
-
-def insert(module: fx.GraphModule) -> None:
-    """Insert the reflections of all adapted layers that the graph uses."""
-    InsertPass(find_uses(module, lambda _, layer: is_adapted(layer)))(module)
+    insert(module, match(module))

@@ -36,7 +36,7 @@ from hra_fx.model.state import (
     root_of,
 )
 from hra_fx.model.trainable import activate, sync_layers, unfreeze
-from hra_fx.passes.fold import FoldPass
+from hra_fx.passes.fold import erase
 from hra_fx.selection.check import select_checked
 
 #: Adds one adapter to a layer: (path, layer, the adapters of the layer).
@@ -194,7 +194,7 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
     state.active = tuple(name for name in state.active if name not in names)
     plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]
     if plain and isinstance(root, fx.GraphModule):
-        FoldPass()(root)
+        erase(root)
     for layer in plain:
         unswap(layer, layer_class_for(layer))
         del layer._modules[REFLECTION]

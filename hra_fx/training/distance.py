@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hra_fx.compat import pytree
 from hra_fx.config_fields import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.model.example_inputs import device_of, normalize_inputs
+from hra_fx.example_inputs import device_of, normalize_inputs
 from hra_fx.model.state import check_is_module, unwrap
 from hra_fx.training.without_adapters import check_adapters_act, without_adapters
 

@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 
 from hra_fx.config_fields import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError
+from hra_fx.example_inputs import device_of, preserve_rng_state
 from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import reshard
-from hra_fx.model.example_inputs import device_of, preserve_rng_state
 from hra_fx.model.state import check_is_module, unwrap
 from hra_fx.training.without_adapters import without_adapters
 

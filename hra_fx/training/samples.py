@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import pytree
 from hra_fx.errors import AdapterError
-from hra_fx.model.example_inputs import Call, normalize_inputs
+from hra_fx.example_inputs import Call, normalize_inputs
 
 _MASK, _DECODER = "attention_mask", "decoder_attention_mask"
 

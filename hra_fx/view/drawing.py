@@ -15,14 +15,14 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning, VisualizeError
+from hra_fx.example_inputs import Call, normalize_inputs
 from hra_fx.export.program import is_program
-from hra_fx.model.example_inputs import Call, normalize_inputs
+from hra_fx.model.graphs import drawn_graph
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.columns import is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.words import counted, low_to_high
-from hra_fx.tracing.graphs import drawn_graph
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, prefixes

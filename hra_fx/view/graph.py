@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
+from hra_fx.passes.canonical import CHECKS
 from hra_fx.passes.match import is_metadata
-from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.canonical import CHECKS
-from hra_fx.tracing.nodes import normalize_path
+from hra_fx.passes.modes import ByMode
+from hra_fx.passes.nodes import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 

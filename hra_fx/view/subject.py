@@ -10,7 +10,7 @@ from torch import fx, nn
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import REFLECTION, describe
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
-from hra_fx.tracing.nodes import normalize_path
+from hra_fx.passes.nodes import normalize_path
 from hra_fx.view.tree import Leaf
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_modules import COPIES, X, adapted, targets_of
+from graph_modules import COPIES, X, adapted, targets_of, traced
 from layers.checking import assert_same
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import hra_fx
+from hra_fx import passes
 from hra_fx.errors import GraphInvariantError
-from hra_fx.passes.fold import FoldPass
-from hra_fx.passes.insert import InsertPass
-from hra_fx.passes.match import find_uses
+from hra_fx.passes.fold import erase
 
 
 class Net(nn.Module):
@@ -36,39 +36,89 @@ NAMES = ["read", "other", "named"]
 CALLS = ["read.hra_u", "read.hra_u", "read", "other.hra_u", "other", "named.hra_u", "named"]
 
 
-def every(path: str, layer: nn.Module) -> bool:
-    return True
-
-
-def test_match_finds_the_uses_of_selected_layers_without_a_reflection() -> None:
+def test_match_finds_the_uses_of_the_layers_that_a_configuration_selects() -> None:
     base, model = adapted(Net, *NAMES)
-    assert targets_of(model) == CALLS
-    assert find_uses(base, every) == find_uses(model, every) == []
-    FoldPass()(model)
-    assert [node.target for node in find_uses(model, every)] == ["read.weight", *NAMES]
-    found = find_uses(model, lambda path, layer: path != "other" and layer is not model.named)
-    assert [node.target for node in found] == ["read.weight", "read"]
+    every = ["read.weight", *NAMES]
+    for settings, found in (
+        ({"target_modules": NAMES}, every),
+        ({"target_modules": NAMES, "exclude_modules": ["other"]}, ["read.weight", "read", "named"]),
+        ({"target_modules": "n.*"}, ["named"]),
+    ):
+        assert [node.target for node in passes.match(base, hra_fx.HRAConfig(**settings))] == found
+    assert passes.match(base) == []
+    assert targets_of(model) == CALLS and [node.target for node in passes.match(model)] == NAMES
+    assert [node.target for node in passes.match(erase(model))] == every
 
 
-def test_fold_undoes_insert_which_takes_any_of_the_nodes() -> None:
+def test_insert_takes_any_of_the_nodes_and_does_nothing_the_second_time() -> None:
     base, model = adapted(Net, *NAMES)
-    wanted = model(X)
-    plain = base.code.replace("input = ", "")  # a layer with a reflection is called by position
+    wanted, code = model(X), model.code
+    assert passes.insert(model, passes.match(model)).code == code
     for kept in (4, 2, 1):
-        assert FoldPass()(model).modified and not FoldPass()(model).modified
-        assert model.code == plain
-        assert InsertPass(find_uses(model, every)[:kept])(model).modified
+        assert erase(model).code == erase(model).code == base.code
+        assert passes.insert(model, passes.match(model)[:kept]) is model
         assert sum(target.endswith(".hra_u") for target in targets_of(model)) == kept
         assert_same(model(X), wanted)  # other layers reflect their input themselves
+    assert targets_of(passes.insert(model, passes.match(model))) == CALLS
 
 
 def test_a_layer_that_is_called_with_a_constant_is_refused() -> None:
     _, model = adapted(Net, *NAMES)
-    FoldPass()(model)
-    uses = find_uses(model, every)
+    uses = passes.match(erase(model))
     uses[1].args = (None,)
     with pytest.raises(GraphInvariantError, match="node 'read': the call of read has no traced input"):
-        InsertPass(uses)(model)
+        passes.insert(model, uses)
+
+
+def test_the_pass_does_not_fold_what_transform_added() -> None:
+    _, model = adapted(Net, *NAMES)
+    with pytest.raises(GraphInvariantError, match=r"Call hra_fx\.fold\(graph\)"):
+        passes.fold(model)
+
+
+class LoRA(nn.Module):
+    """Another adapter: `y = W x + h` with `h = B A x`."""
+
+    reflects_input = True
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, layer.in_features).double())
+        self.b = nn.Parameter(torch.randn(layer.out_features, 2).double())
+
+    def forward(self, x: Tensor | None = None, *, weight: Tensor | None = None) -> Any:
+        return x @ self.a.T @ self.b.T if weight is None else weight + self.b @ self.a
+
+    def value_in_graph(self, x: Tensor, output: Tensor) -> Tensor:
+        return output
+
+
+class LoRALinear(nn.Linear):
+    def forward(self, input: Tensor, reflected: Tensor | None = None) -> Tensor:
+        if "lora" in self._modules and reflected is None:
+            reflected = self.lora(input)
+        return super().forward(input) if reflected is None else super().forward(input) + reflected
+
+
+def test_another_adapter_is_inserted_and_folded() -> None:
+    def attach(graph_module: torch.fx.GraphModule) -> None:
+        for name in NAMES:
+            layer = graph_module.get_submodule(name)
+            layer.__class__ = LoRALinear
+            layer.add_module("lora", LoRA(layer))  # type: ignore[arg-type]
+
+    base, settings = traced(Net), hra_fx.HRAConfig(target_modules=NAMES)
+    model = copy.deepcopy(base)
+    attach(model)
+    weights = {name: (layer := model.get_submodule(name)).lora(weight=layer.weight) for name in NAMES}
+    for _ in range(2):
+        passes.insert(model, passes.match(model, settings, child="lora"), child="lora")
+        assert targets_of(model) == [target.replace("hra_u", "lora") for target in CALLS]
+    dense = copy.deepcopy(base)
+    dense.load_state_dict(dense.state_dict() | {f"{name}.weight": weight for name, weight in weights.items()})
+    assert_same(model(X), dense(X))
+    assert passes.fold(model, child="lora").code == base.code and list(model.state_dict()) == list(base.state_dict())
+    assert_same(model(X), dense(X))
 
 
 class Kinds(nn.Module):

@@ -1,4 +1,8 @@
-"""Trace a model with torch.fx into a graph that calls layers. What it records wrong, `compare` finds."""
+"""trace: the graph of a model that calls its layers, by torch.fx, or by torch.export from an example call.
+
+torch.fx traces without an example, and the graph is valid for all sizes. What it records wrong, `compare` finds. If it
+cannot trace a model, `capture` records a call.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,83 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import has_own_hooks
-from hra_fx.errors import CaptureError
+from hra_fx.errors import AdapterError, CaptureError
+from hra_fx.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
 from hra_fx.layers.target import find_kind
-from hra_fx.model.example_inputs import preserve_rng_state
-from hra_fx.tracing.by_mode import merge_modes
-from hra_fx.tracing.compare import with_shared_tensors
-from hra_fx.tracing.exported import LOCK, depends_on_mode
-from hra_fx.tracing.observed import attribute_changes, attributes, random_states
+from hra_fx.passes.capture import capture_layers
+from hra_fx.passes.compare import ExampleError, compare, with_shared_tensors
+from hra_fx.passes.exported import LOCK, depends_on_mode
+from hra_fx.passes.graph import graph_module
+from hra_fx.passes.modes import merge_modes
+from hra_fx.passes.observed import attribute_changes, attributes, random_states
 
 
-def trace(model: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, dict[str, nn.Module]]:
-    """Trace a model in both modes. Returns the graph, and modules that the graph calls but the model does not have.
+def trace(
+    model: nn.Module, layers: Collection[nn.Module], example_inputs: Any = None, dynamic_shapes: Any = None
+) -> fx.GraphModule:
+    """Trace a model into a GraphModule that shares its modules and parameters, for train and eval mode.
 
-    The model is not changed.
+    Args:
+        model: any module. It is not changed.
+        layers: modules that stay calls, in addition to those that can be adapted or depend on the mode.
+        example_inputs, dynamic_shapes: see `hra_fx.transform`.
+
+    Raises:
+        AdapterError: neither torch.fx nor torch.export can trace the model.
     """
+    call = None if example_inputs is None else normalize_inputs(example_inputs)
+    reason = ""
+    if dynamic_shapes is None:
+        try:
+            if has_own_hooks(model):
+                raise CaptureError("it has forward hooks, which torch.fx does not run")
+            if made := trace_by_fx(model, layers, call):
+                if example := call or guessed_call(model):  # without an example, nothing can be compared
+                    compare(model, made, example)
+                return made
+        except CaptureError as error:
+            if call and isinstance(error, ExampleError):
+                raise refusal(model, error) from error
+            reason = f"torch.fx cannot trace {type(model).__name__}: {error.reason}. "
+    call = call or example_call(model)
+    if call is None:
+        raise AdapterError(
+            f"{reason}Pass example_inputs, the arguments of one call, with which torch.export may capture it, or leave "
+            "out trace=True."
+        )
+    try:
+        return capture_layers(model, call, dynamic_shapes)
+    except CaptureError as error:
+        raise refusal(model, error, "Leave out trace=True: the adapted layers work without a graph.") from error
+
+
+def refusal(model: nn.Module, error: CaptureError, advice: str = "") -> AdapterError:
+    """The error of a model that cannot be captured."""
+    name = type(model).__name__
+    if isinstance(error, ExampleError):
+        return AdapterError(f"{name}: {error.reason}. Pass `example_inputs` that the model runs on.")
+    return AdapterError(f"torch.export cannot capture {name}: {error.reason}. {advice}")
+
+
+def trace_by_fx(model: nn.Module, layers: Collection[nn.Module], call: Call | None) -> fx.GraphModule | None:
+    """Trace a model with torch.fx. `None` if the graph does not take exactly the arguments of the call.
+
+    A graph of torch.fx takes the required arguments. It has the defaults of all others.
+    """
+    graph, modules = _in_both_modes(model, layers)
+    if call is not None:
+        args, kwargs = call
+        try:
+            given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        except TypeError:
+            return None
+        if list(given)[1:] != [str(node.target) for node in graph.find_nodes(op="placeholder")]:
+            return None
+    return graph_module(model, graph, modules)
+
+
+def _in_both_modes(model: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, dict[str, nn.Module]]:
+    """Trace a model in both modes. Returns the graph, and modules that the graph calls but the model does not have."""
     if "forward" in vars(model):
         raise CaptureError("its forward is set on the instance")
     with LOCK, preserve_rng_state():

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from hra_fx.compat import FakeTensor, has_own_hooks, tensor_versions
 from hra_fx.errors import CaptureError
+from hra_fx.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.layers.readers import writes_parameters
 from hra_fx.layers.sharding import is_dtensor
-from hra_fx.model.example_inputs import Call, preserve_rng_state, seed_everything
-from hra_fx.tracing.observed import attributes, difference, is_near, is_same, observe, shown
-from hra_fx.tracing.other_calls import Sizes, tensors_of, variants, with_other_values
+from hra_fx.passes.observed import attributes, difference, is_near, is_same, observe, shown
+from hra_fx.passes.other_calls import Sizes, tensors_of, variants, with_other_values
 
 _SEED = 20240517
 #: Larger parameters share memory with the model: their values stay, and their gradients are not compared.

@@ -10,12 +10,26 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import NON_PERSISTENT
 from hra_fx.errors import CaptureError
-from hra_fx.model.graph_module import UnpicklingTracer
-from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.nodes import attribute, module_path
+from hra_fx.layers.adapters import HouseholderAdapters
+from hra_fx.layers.target import BASE_WEIGHT
+from hra_fx.passes.modes import ByMode
+from hra_fx.passes.nodes import attribute, module_path
 
 #: What fx changes in copies: it makes all tensors that are read at the root persistent buffers, and drops other names.
 _KEPT = ("_parameters", "_buffers", NON_PERSISTENT, "_modules")
+
+
+class UnpicklingTracer(fx.Tracer):
+    """Traces the code of a graph, as fx does to unpickle it. Reads of buffers and of base weights are nodes."""
+
+    proxy_buffer_attributes = True
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Create a node. fx would read the base weight as `layer.weight`, which is `W Q` while a model runs."""
+        if isinstance(m, HouseholderAdapters) and "weight" in kwargs:
+            layer = self.path_of_module(m).rpartition(".")[0]
+            kwargs = {"weight": self.create_proxy("get_attr", f"{layer}.{BASE_WEIGHT}", (), {})}
+        return super().call_module(m, forward, args, kwargs)
 
 
 class ModelGraph(fx.GraphModule):

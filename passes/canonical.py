@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import ASSERT_METADATA, is_higher_order
 from hra_fx.errors import CaptureError
-from hra_fx.tracing.exported import CALL_LAYER, exporting
-from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
-from hra_fx.tracing.nodes import attribute, line_of, replace_node
+from hra_fx.passes.exported import CALL_LAYER, exporting
+from hra_fx.passes.inputs import Condition, argument_names, call_of, conditions_of, nest
+from hra_fx.passes.nodes import attribute, line_of, replace_node
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

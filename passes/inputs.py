@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import children_of, guard_function, guards_of, pytree
 from hra_fx.errors import CaptureError
-from hra_fx.model.example_inputs import Call
+from hra_fx.example_inputs import Call
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

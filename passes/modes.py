@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate
 
 from hra_fx.compat import schema_of
 from hra_fx.errors import CaptureError
-from hra_fx.tracing.nodes import line_of, module_path
+from hra_fx.passes.nodes import line_of, module_path
 
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
-from hra_fx.model.example_inputs import Call, clone_inputs
+from hra_fx.example_inputs import Call, clone_inputs
 
 #: Attributes of every module. Parameters, hooks and others are compared in other ways.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}

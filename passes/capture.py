@@ -16,13 +16,13 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import has_backward_hooks, require
 from hra_fx.errors import CaptureError, HRAWarning
-from hra_fx.model.example_inputs import Call, preserve_rng_state
-from hra_fx.tracing.by_mode import ByMode, merge_modes
-from hra_fx.tracing.canonical import CHECKS, canonical
-from hra_fx.tracing.compare import compare, compare_call
-from hra_fx.tracing.exported import LOCK, examples_with_shapes, export_call, is_leaf, without_caches
-from hra_fx.tracing.graph_module import graph_module
-from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
+from hra_fx.example_inputs import Call, preserve_rng_state
+from hra_fx.passes.canonical import CHECKS, canonical
+from hra_fx.passes.compare import compare, compare_call
+from hra_fx.passes.exported import LOCK, examples_with_shapes, export_call, is_leaf, without_caches
+from hra_fx.passes.graph import graph_module
+from hra_fx.passes.inputs import Condition, InputChecks, size_conditions
+from hra_fx.passes.modes import ByMode, merge_modes
 
 
 def capture_layers(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> fx.GraphModule:

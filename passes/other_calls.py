@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.compat import pytree
-from hra_fx.model.example_inputs import Call
+from hra_fx.example_inputs import Call
 
 #: For each size that may change: (index of the flat input, dimension) of all inputs with this size.
 Sizes: TypeAlias = Sequence[Sequence[tuple[int, int]]]

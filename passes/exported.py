@@ -28,11 +28,11 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers
 
 from hra_fx.compat import forward_hooks, pytree
 from hra_fx.errors import CaptureError
+from hra_fx.example_inputs import Call, clone_inputs, seed_everything
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
-from hra_fx.model.example_inputs import Call, clone_inputs, seed_everything
-from hra_fx.tracing.compare import with_shared_tensors
-from hra_fx.tracing.nodes import line_among
+from hra_fx.passes.compare import with_shared_tensors
+from hra_fx.passes.nodes import line_among
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
