@@ -11,7 +11,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.quantized.adapted import AdaptedQuantizedLinear, QuantizedAdapters
 from hra_fx.layers.target import REFLECTION, is_conv1d, kind_of, width_of
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters
@@ -21,7 +21,7 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
     """Create an empty container of the right class for a layer that can be adapted."""
     if isinstance(layer, ExpertsWeight):
         return ExpertsAdapters(layer)
-    if has_own_forward(layer):
+    if _has_own_forward(layer):
         return HouseholderAdapters(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvAdapters(layer)
@@ -29,16 +29,14 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
     return form(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
 
 
-def has_own_forward(layer: nn.Module) -> bool:
+def _has_own_forward(layer: nn.Module) -> bool:
     """Whether a layer has its own forward, so that it can only be adapted through its weight.
 
     This includes attention: its weight contains the projections of q, k and v.
     """
-    standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
-    if is_foreign_linear(layer):
+    if quant_scheme_of(layer) is not None:
         return False  # its forward is linear, whatever the class
-    if scheme := quant_scheme_of(layer):
-        standard = [scheme.cls]
+    standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
     if is_conv1d(layer):
         standard = [next(cls for cls in type(layer).__mro__ if cls.__name__ == "Conv1D")]
     own: Any = original_class(layer)

@@ -17,7 +17,6 @@ from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.classes import has_own_forward
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.sharding import SPLIT, is_dtensor, sharded_by
@@ -149,13 +148,7 @@ def _weight_problem(layer: nn.Module) -> str | None:
     if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):
         return f"accelerate offloads its quantized weight. Load the model without offloading this layer, or {_EXCLUDE}"
     if scheme := quant_scheme_of(layer):
-        reason = scheme.why_not_adapted(layer)
-        if reason is None and has_own_forward(layer):
-            reason = (
-                "its class overrides `forward`, which needs the rotated weight, and a quantized weight "
-                f"({scheme.description(layer)}) cannot be rotated. {_EXCLUDE_IT}"
-            )
-        return reason
+        return scheme.why_not_adapted(layer)
     if type(weight.data) is not Tensor or weight.dtype not in _DTYPES:
         found = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
         return f"its weight must be a plain floating-point tensor, got {found}. {_EXCLUDE_IT}"

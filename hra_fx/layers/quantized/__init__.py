@@ -1,7 +1,6 @@
-"""Quantized linear layers, and those of other libraries: one file for each library. None of them is imported here."""
+"""Quantized linear layers, and those of other libraries. None of the libraries is imported here."""
 
-from hra_fx.layers.quantized.call import call_quantized
-from hra_fx.layers.quantized.find import is_foreign_linear, packed_name, quant_scheme_of
-from hra_fx.layers.quantized.other import Other
+from hra_fx.layers.quantized.libraries import is_foreign_linear, packed_name, quant_scheme_of
+from hra_fx.layers.quantized.linear_map import UnknownLinear
 
-__all__ = ["Other", "call_quantized", "is_foreign_linear", "packed_name", "quant_scheme_of"]
+__all__ = ["UnknownLinear", "is_foreign_linear", "packed_name", "quant_scheme_of"]

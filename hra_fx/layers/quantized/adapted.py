@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx.layers.adapted_layer import AdaptedLinear
-from hra_fx.layers.quantized.call import call_quantized
+from hra_fx.layers.quantized.libraries import quant_scheme_of
+from hra_fx.layers.quantized.linear_map import LinearMap
 from hra_fx.layers.sharding import call
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.variants import LinearAdapters
@@ -24,26 +26,50 @@ class QuantizedAdapters(LinearAdapters):
 
 
 class AdaptedQuantizedLinear(AdaptedLinear):
-    """A quantized Linear that reflects its input. The input gets a gradient even if the library does not compute it."""
+    """A quantized Linear that reflects its input, which gets a gradient even if the library does not compute it.
+
+    Then it is the straight-through estimator: with `y = W x` for the dequantized weight, the gradient of `x` is `W^T`
+    times the gradient of `y`. If inputs are also quantized, the backward pass ignores their rounding, as in
+    quantization-aware training (Bengio et al., 2013, https://arxiv.org/abs/1308.3432).
+    """
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Like `AdaptedLinear`, with a straight-through gradient if the library does not pass one."""
+        """Call the forward of the library with the reflected input."""
         is_torchao = base.forward is nn.Linear.forward
 
-        def run(self: Any, x: Tensor) -> Any:
-            return F.linear(x, self.hra_base, self.bias) if is_torchao else base.forward(self, x)
-
         @functools.wraps(base.forward)
-        def forward(self: AdaptedQuantizedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
-            if reflected is None:
-                reflected = call(self.hra_u, input)
-            return call_quantized(self, reflected, functools.partial(run, self))
+        def forward(self: Any, input: Tensor, reflected: Tensor | None = None) -> Any:
+            x: Tensor = call(self.hra_u, input) if reflected is None else reflected
+            scheme: Any = quant_scheme_of(self)
+            wanted = torch.is_grad_enabled() and x.requires_grad
+            given = x.detach() if wanted and scheme.straight_through else x
+            output = F.linear(given, self.hra_base, self.bias) if is_torchao else base.forward(self, given)
+            # The output of a detached input may have a gradient too, for the bias.
+            if wanted and (scheme.straight_through or not output.requires_grad):
+                return _StraightThrough.apply(output, x, self, scheme)  # type: ignore[no-untyped-call]
+            return output
 
+        if is_torchao:  # code may read its weight; that of other libraries is packed
+            return {**super().wrap(base), "forward": forward}
+        # bitsandbytes would change the layout of the weight (see `BitsAndBytes`).
+        own = {"forward": forward, "support_avx512bf16_for_cpu": property(lambda self: False)}
         if base.state_dict is not nn.Module.state_dict:
-            return {"forward": forward, "state_dict": functools.partialmethod(_whole_state_dict, base)}
-        # The forward of bitsandbytes reads its packed weight itself; other code cannot use that weight.
-        return {**super().wrap(base), "forward": forward} if is_torchao else {"forward": forward}
+            own["state_dict"] = functools.partialmethod(_whole_state_dict, base)
+        return own
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, layer: nn.Module, scheme: LinearMap) -> Tensor:
+        ctx.layer, ctx.scheme, ctx.dtype = layer, scheme, x.dtype
+        return output.clone() if output.is_inference() else output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grads
+        weight = ctx.scheme.values(ctx.layer).to(grad.dtype)
+        return grad, (grad @ weight).to(ctx.dtype), None, None
 
 
 def _whole_state_dict(self: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
