@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from learning.keeping import ALL
-from learning.rates import chosen, of
-from learning.records import Record
-from learning.summary import difference
+from learning.rates import chosen
+from learning.records import Record, of
+from learning.summary import difference, value
 from learning.table import interval, label, number, spread, table
 
 TASK = "language"
@@ -147,16 +147,15 @@ def others_table(records: Sequence[Record]) -> str:
 def cells(records: Sequence[Record], row: Row, task: str = TASK, over: tuple[Row, str] = (PLAIN, TASK)) -> list[str]:
     """The cells of `HEADS`; `over` is what the new posts are compared with. The time is over LoRA's, in all layers."""
     runs, others = row.runs(records, task), over[0].runs(records, over[1])
-    more = difference({run.seed: score(run) for run in runs}, {run.seed: score(run) for run in others})
+    more = difference({run.seed: value(run) for run in runs}, {run.seed: value(run) for run in others})
     lora = {run.seed: run.seconds for run in Row("lora").runs(records, task if task in OTHERS else TASK)}
     times = [run.seconds / lora[run.seed] for run in runs if run.seed in lora and run.seconds]
+    same = (row.method, task) == (over[0].method, over[1])
     return [
         f"{runs[0].lr:g}" if runs[0].lr else "-",
         str(len(runs)),
-        spread([score(run) for run in runs]),
-        "-"
-        if (row.method, task) == (over[0].method, over[1]) or math.isnan(more.mean) or not runs[0].lr
-        else interval(more),
+        spread([value(run) for run in runs]),
+        "-" if same or math.isnan(more.mean) or not runs[0].lr else interval(more),
         *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
         f"{100 * statistics.fmean(map(moved, runs)):.1f}%",
         number(statistics.fmean(times)) if times else "-",
@@ -172,12 +171,6 @@ def guide_table(records: Sequence[Record]) -> str:
         for row, runs in found
     ]
     return table(["", "seeds", *(head for head, _ in columns)], rows)
-
-
-def score(run: Record) -> float:
-    """The perplexity of new posts of the test split."""
-    assert run.test is not None
-    return run.test
 
 
 def moved(run: Record) -> float:
@@ -217,8 +210,3 @@ def at_movement(scales: Sequence[Record], wanted: float, name: str) -> float:
     place = min(max(bisect.bisect([x for x, _ in points], wanted), 1), len(points) - 1)
     (x0, y0), (x1, y1) = points[place - 1 : place + 1]
     return math.exp(y0 + (y1 - y0) * (wanted - x0) / (x1 - x0))
-
-
-def value(run: Record, name: str) -> float:
-    """The perplexity of new posts, or what is kept as `name`."""
-    return run.retention[name] if name else score(run)

@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from learning.kept import FACTS, ROWS, TALES, TWEETS, Row, score
+from learning.kept import FACTS, ROWS, TALES, TWEETS, Row
 from learning.records import Record
-from learning.summary import half_interval
+from learning.summary import half_interval, value
 from learning.table import label
 
 PANELS: dict[str, Callable[[Record], float]] = {
@@ -74,7 +74,7 @@ def points_of(records: Sequence[Record]) -> list[Point]:
     for row in ROWS:
         runs = row.runs(records)
         if row.in_picture and runs and row.method != "base":
-            values = [spread([score(run) for run in runs])]
+            values = [spread([value(run) for run in runs])]
             values += [spread([of(run) for run in runs]) for of in PANELS.values()]
             points.append(Point(len(points) + 1, name_of(row), family(row), values[0], tuple(values[1:])))
     return points
@@ -106,14 +106,14 @@ def limits(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def axes(left: float, name: str, xs: tuple[float, float], ys: tuple[float, float], colors: dict[str, str]) -> list[str]:
     """The frame, the ticks and the title of a panel."""
     parts = [text(left, TOP - 14, name, colors["text"], 12, "start", 600)]
-    for value in ticks(*xs):
-        x = left + PANEL * (value - xs[0]) / (xs[1] - xs[0])
+    for at in ticks(*xs):
+        x = left + PANEL * (at - xs[0]) / (xs[1] - xs[0])
         parts.append(line(x, TOP, x, TOP + PANEL, colors["line"]))
-        parts.append(text(x, TOP + PANEL + 14, f"{value:g}", colors["text"], 10, "middle"))
-    for value in ticks(*ys):
-        y = TOP + PANEL - PANEL * (value - ys[0]) / (ys[1] - ys[0])
+        parts.append(text(x, TOP + PANEL + 14, f"{at:g}", colors["text"], 10, "middle"))
+    for at in ticks(*ys):
+        y = TOP + PANEL - PANEL * (at - ys[0]) / (ys[1] - ys[0])
         parts.append(line(left, y, left + PANEL, y, colors["line"]))
-        parts.append(text(left - 5, y + 3.5, f"{value:g}", colors["text"], 10, "end"))
+        parts.append(text(left - 5, y + 3.5, f"{at:g}", colors["text"], 10, "end"))
     parts.append(text(left + PANEL / 2, TOP + PANEL + 32, "new posts, perplexity", colors["text"], 10.5, "middle"))
     return parts
 
@@ -126,7 +126,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 def marked(
     point: Point,
-    value: tuple[float, float],
+    height: tuple[float, float],
     left: float,
     xs: tuple[float, float],
     ys: tuple[float, float],
@@ -137,7 +137,7 @@ def marked(
     def place(low: float, high: float, at: float) -> float:
         return PANEL * min(max((at - low) / (high - low), 0.0), 1.0)
 
-    (x, dx), (y, dy) = point.x, value
+    (x, dx), (y, dy) = point.x, height
     across = [left + place(*xs, at) for at in (x - dx, x, x + dx)]
     up = [TOP + PANEL - place(*ys, at) for at in (y - dy, y, y + dy)]
     color = colors[point.family]

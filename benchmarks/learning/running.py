@@ -9,9 +9,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, cast
 
+from speed.environment import commit
+
 from learning.records import FILE, Record, read, write
 from learning.tasks import TASKS
-from learning.training import commit, run
+from learning.training import run
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache, partial
-from pathlib import Path
 
 import torch
 import transformers
 from peak import Peak
+from speed.environment import commit
 from torch import nn
 
 from learning.bfloat16 import BaseProducts, is_fast
@@ -151,18 +149,6 @@ def with_rehearsal(batches: Sequence[Batch], steps: int) -> list[Batch | int]:
         if steps and place % steps == 0:
             found.append(place // steps - 1)
     return found
-
-
-@cache
-def commit() -> str:
-    """The short commit of this code, with a `+` if files have changed since."""
-    git = partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-    try:
-        short = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "-uno", "hra_fx", "benchmarks", "examples"]).stdout
-        return short + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def count(module: nn.Module) -> int:

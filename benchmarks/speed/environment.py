@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,13 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+@cache
 def commit() -> str:
-    """The commit, and whether the measured code has uncommitted changes."""
-
-    def git(*words: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
-
+    """The short commit of this code, with a `+` if files have changed since."""
+    git = partial(subprocess.run, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     try:
-        changed = git("status", "--porcelain", "--", ":/hra_fx", ":/passes", ":/benchmarks/speed")
-        return git("rev-parse", "--short", "HEAD") + (", with uncommitted changes" if changed else "")
+        short = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "-uno", "hra_fx", "passes", "benchmarks", "examples"]).stdout
+        return short + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
