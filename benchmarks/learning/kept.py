@@ -85,11 +85,6 @@ ROWS = (
     Row("full@0.75", 1.7e-4, in_picture=True),
 )
 PLAIN = Row("hra-pairs")
-#: The tables have the seeds with which all of these ran.
-MAIN = (
-    *(Row("lora"), PLAIN, Row("hra-pairs-protect"), Row("hra-pairs-protect-own"), Row("hra-pairs-distance-own")),
-    Row("full", 1.7e-4),
-)
 #: The rows of the guide, docs/keep.md.
 GUIDE = (
     *("base", "hra-pairs", "hra-pairs-distance-own", "hra-pairs-distance-own-second", "hra-pairs-distance-own-0.3"),
@@ -100,12 +95,6 @@ LAYERS = {f"{TASK}-mlp": "MLP", f"{TASK}-attention": "attention"}
 OTHERS = {f"{TASK}-slovene": "Slovene comments", f"{TASK}-256-steps": "256 steps"}
 IN_LAYERS, IN_OTHERS = ("lora", "hra-pairs"), ("lora", "hra-pairs", "hra-pairs-distance-own-second")
 HEADS = ["rate", "seeds", "new posts ↓", "over pairs", "tales ↓", "tweets ↓", "facts, % ↑", "moved", "time"]
-
-
-def complete(records: Sequence[Record]) -> list[Record]:
-    """The records whose seeds are those of the tables, because means of other seeds do not compare; and old ones."""
-    seeds = set.intersection(*({run.seed for run in row.runs(records)} for row in MAIN))
-    return [run for run in records if run.moved is None or run.seed in seeds]
 
 
 def wanted() -> Iterator[tuple[str, str, float | None]]:
@@ -180,18 +169,19 @@ def moved(run: Record) -> float:
 
 
 def equal_movement_table(records: Sequence[Record]) -> str:
-    """Pairs that keep something, and plain pairs where their weights moved as far, seed by seed."""
+    """Pairs that keep something, and how they differ from plain pairs whose weights moved as far, seed by seed."""
     rows = []
     for row in ROWS:
         runs = row.runs(records) if row.trained.startswith("hra-pairs-") else []
-        found = [(run, plain) for run in runs if (plain := plain_scales(records, run.seed))]
+        found = {run.seed: (run, plain) for run in runs if (plain := plain_scales(records, run.seed))}
         if found:
-            cells = [label(row.method), f"{100 * statistics.fmean(moved(run) for run, _ in found):.1f}%"]
+            own = [label(row.method), f"{100 * statistics.fmean(moved(run) for run, _ in found.values()):.1f}%"]
             for name in ("", TALES, TWEETS):
-                cells.append(number(statistics.fmean(value(run, name) for run, _ in found)))
-                cells.append(number(statistics.fmean(at_movement(plain, moved(run), name) for run, plain in found)))
-            rows.append(cells)
-    heads = [f"{name}{other}" for name in ("new posts", "tales", "tweets") for other in ("", ", plain")]
+                ours = {seed: value(run, name) for seed, (run, _) in found.items()}
+                theirs = {seed: at_movement(plain, moved(run), name) for seed, (run, plain) in found.items()}
+                own += [number(statistics.fmean(ours.values())), interval(difference(ours, theirs))]
+            rows.append(own)
+    heads = [head for name in ("new posts", "tales", "tweets") for head in (name, "over plain")]
     return table(["", "moved", *heads], rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning.kept import complete, equal_movement_table, guide_table, kept_table, layers_table, others_table
+from learning.kept import equal_movement_table, guide_table, kept_table, layers_table, others_table
 from learning.kept_picture import DARK, LIGHT, kept_picture
 from learning.records import FILE, Record
 from learning.table import language_table, readme_table
@@ -26,19 +26,18 @@ TABLES = {
 
 def files(records: Sequence[Record]) -> dict[Path, str]:
     """What the pages, README and the pictures should be."""
-    shown = complete(records)
     pages = {page: page.read_text(encoding="utf-8") for page in TABLES}
     for page, tables in TABLES.items():
         for name, made in tables.items():
             start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
             before, rest = pages[page].split(start)
-            pages[page] = before + start + made(records if made is language_table else shown) + end + rest.split(end)[1]
+            pages[page] = before + start + made(records) + end + rest.split(end)[1]
     pictures = {PAGE.with_name(f"kept-{name}.svg"): colors for name, colors in (("light", LIGHT), ("dark", DARK))}
     readme = README.read_text(encoding="utf-8")
     new = readme_table(records)
     before, rest = readme.split(new.splitlines()[0])
     readme = before + new + rest[rest.index("\n\n") + 1 :]
-    return {**pages, README: readme, **{file: kept_picture(shown, colors) for file, colors in pictures.items()}}
+    return {**pages, README: readme, **{file: kept_picture(records, colors) for file, colors in pictures.items()}}
 
 
 def write(records: Sequence[Record]) -> None:
