@@ -1,7 +1,7 @@
 """A base model, an adapted copy with random vectors, and the base model with dense weights `W Q` in float64.
 
 The oracle only uses the names of the library's vectors: `torch.func.functional_call` runs the base model with each
-adapted weight replaced by the product of explicit matrices of `tests/support/oracles.py`.
+adapted weight replaced by that of `tests/support/oracles.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from adapting import randomise
 from moe_models import dense_experts, is_transposed
 from one_layer import F64, normal
-from oracles import dense_q
+from oracles import dense_chain, reflected
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,17 +43,21 @@ def vectors_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Param
     return {name.removesuffix(ending): p for name, p in model.named_parameters() if name.endswith(ending)}
 
 
-def rotation(model: nn.Module, path: str, adapter: str = "default") -> Tensor:
-    """The dense `Q` of one adapter at one layer, differentiable in its vectors."""
-    box: Any = model.get_submodule(f"{path}.hra_u")
-    return dense_q(box[adapter], apply_GS=box.specs[adapter].apply_GS, anchor=box.anchor(adapter))
+def weight_name(model: nn.Module, path: str) -> str:
+    """The name of the parameter that the vectors at a path rotate."""
+    owner, _, last = path.rpartition(".")
+    if last.startswith("hra_"):  # represents a parameter of experts
+        return f"{owner}.{last.removeprefix('hra_')}"
+    is_attention = isinstance(model.get_submodule(path), nn.MultiheadAttention)
+    return f"{path}.in_proj_weight" if is_attention else f"{path}.weight"
 
 
-def turned(layer: Any, weight: Tensor, q: Tensor) -> Tensor:
-    """The rotated weight of a layer: `(out, d)`, or `(d, out)` for Conv1D."""
+def rotated(layer: nn.Module, weight: Tensor, box: Any, adapter: str = "default") -> Tensor:
+    """`W Q` of a layer in float64, for the vectors of an adapter in its container. Differentiable in both."""
+    chain = dense_chain(box[adapter], anchor=box.anchor(adapter), apply_GS=box.specs[adapter].apply_GS)
     if isinstance(layer, Conv1D):
-        return q.mT @ weight.double()
-    return (weight.double().flatten(1) @ q).view(weight.shape)
+        return reflected(weight.mT, chain).mT
+    return reflected(weight.flatten(1), chain).view(weight.shape)
 
 
 def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = ("default",)) -> dict[str, Tensor]:
@@ -63,18 +67,16 @@ def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = (
     """
     found: dict[str, Tensor] = {}
     for adapter in adapters:
-        for path, vectors in vectors_of(model, adapter).items():
-            owner, _, last = path.rpartition(".")
-            if last.startswith("hra_"):  # represents a parameter of experts
-                name, box = f"{owner}.{last.removeprefix('hra_')}", model.get_submodule(f"{path}.hra_u")
-                fields = {"anchor": box.anchor(adapter), "apply_GS": box.specs[adapter].apply_GS}
-                weight = found.get(name, base.get_parameter(name).detach())
-                found[name] = dense_experts(weight, vectors, is_transposed(base, name), **fields)
-                continue
-            layer = base.get_submodule(path)
-            name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
-            weight = found.get(f"{path}.{name}", layer._parameters[name])
-            found[f"{path}.{name}"] = turned(layer, weight, rotation(model, path, adapter))
+        for path in vectors_of(model, adapter):
+            name, box = weight_name(base, path), model.get_submodule(f"{path}.hra_u")
+            owner, _, last = name.rpartition(".")
+            layer = base.get_submodule(owner)
+            weight: Any = found.get(name, layer._parameters[last])
+            if path == owner:
+                found[name] = rotated(layer, weight, box, adapter)
+            else:
+                fields: Any = {"anchor": box.anchor(adapter), "apply_GS": box.specs[adapter].apply_GS}
+                found[name] = dense_experts(weight.detach(), box[adapter], is_transposed(base, name), **fields)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layers.checking import assert_same, normal, pair, rotation, turned
+from layers.checking import assert_same, normal, pair, rotated
 from torch import Tensor, nn
 
 
@@ -19,7 +19,7 @@ def layer_pair() -> tuple[Any, Any]:
 
 def dense(base: Any, layer: Any) -> Tensor:
     """`W Q` by explicit matrices in float64, differentiable in the vectors of `layer`."""
-    return turned(base, base.weight.detach(), rotation(nn.ModuleDict({"layer": layer}), "layer"))
+    return rotated(base, base.weight.detach(), layer.hra_u)
 
 
 class Functional(nn.Module):

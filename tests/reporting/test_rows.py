@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from moe_models import built
 from one_layer import normal
-from oracles import dense_q, layer_q
-from reporting.made import oracle_angles, oracle_share
+from oracles import dense_q, layer_q, share_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -47,6 +46,15 @@ def weight_of(layer: Any) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
+def oracle_angles(q: Tensor, floor: float = 1e-7) -> list[float]:
+    """One angle for each plane and for a reflected direction that is left over, from all eigenvalues of `Q`."""
+    phases = torch.linalg.eigvals(q).angle()
+    # A plane that is rotated by less than pi has one eigenvalue above the real axis.
+    inner = [float(phase) for phase in phases if floor < float(phase) < math.pi - floor]
+    reflected = int((phases.abs() >= math.pi - floor).sum())
+    return sorted([math.pi] * math.ceil(reflected / 2) + inner, reverse=True)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
@@ -71,7 +79,7 @@ def test_a_row_has_the_values_of_the_dense_product(
     assert 0 <= row.orthogonality < 1e-11
     assert (row.d, row.r, row.parameters) == (q.shape[0], r, q.shape[0] * r)
     if scale > 0.01:
-        assert row.share == pytest.approx(oracle_share(weight, q), rel=1e-9)
+        assert row.share == pytest.approx(share_of(weight, q), rel=1e-9)
         assert row.weight_change == pytest.approx(float((weight @ q - weight).norm() / weight.norm()), rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The dense oracle: every reflection as an explicit `(d, d)` float64 matrix, multiplied one after another.
+"""The dense oracle: every reflection in float64, one after another.
 
 It does not use hra_fx, so that a test never compares the library with itself.
 """
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 
-def dense_reflection(vector: Tensor) -> Tensor:
-    """`I - 2 u u^T / |u|^2: (d, d)` in float64; a zero vector gives the identity. Differentiable."""
-    u = vector.double()
-    eye = torch.eye(u.numel(), dtype=torch.float64)
-    largest = u.detach().abs().max()
-    if largest == 0:
-        return eye
-    # Divide by the largest entry, so that squares do not overflow or underflow: the scale does not matter.
-    u = u / largest
-    return eye - 2 * torch.outer(u, u) / (u @ u)
+def reflected(rows: Tensor, chain: Tensor) -> Tensor:
+    """`W H_1 H_2 ... H_k` of rows `W: (n, d)` and a chain `U: (d, k)`, in float64, where `H = I - 2 u u^T / |u|^2`.
+
+    A zero vector gives the identity. Differentiable in both.
+    """
+    rows = rows.double()
+    for column in chain.double().unbind(dim=1):
+        largest = column.detach().abs().max()
+        if largest > 0:
+            # Divide by the largest entry, so that squares do not overflow or underflow: the scale does not matter.
+            u = column / largest
+            rows = rows - torch.outer(rows @ u, 2 * u / (u @ u))
+    return rows
 
 
 def dense_product(chain: Tensor) -> Tensor:
     """`Q = H_1 H_2 ... H_k: (d, d)` of a chain `U: (d, k)`, in float64. Differentiable."""
-    product = torch.eye(chain.shape[0], dtype=torch.float64)
-    for column in chain.unbind(dim=1):
-        product = product @ dense_reflection(column)
-    return product
+    return reflected(torch.eye(chain.shape[0], dtype=torch.float64), chain)
 
 
 def dense_gs(vectors: Tensor) -> Tensor:
@@ -73,14 +73,15 @@ def gradient_of_vectors(gradient: Tensor) -> Tensor:
     return torch.stack(columns, dim=1) / math.sqrt(d / (3 * half))
 
 
-def dense_q(trained: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
-    """`Q: (d, d)` of an adapter in float64: `Q(A) Q(U)`, with Gram-Schmidt `Q(A) Q(V)`. Differentiable.
+def dense_chain(trained: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
+    """The chain `(d, k)` of an adapter in float64 from its parameter, of pairs or of vectors. Differentiable."""
+    vectors = dense_gs(dense_vectors(trained)) if apply_GS else dense_vectors(trained)
+    return vectors if anchor is None else torch.cat([anchor.double(), vectors], dim=1)
 
-    `trained` is the parameter, of pairs or of vectors.
-    """
-    vectors = dense_vectors(trained)
-    product = dense_product(dense_gs(vectors) if apply_GS else vectors)
-    return product if anchor is None else dense_product(anchor) @ product
+
+def dense_q(trained: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
+    """`Q: (d, d)` of an adapter in float64: the product of `dense_chain`. Differentiable."""
+    return dense_product(dense_chain(trained, apply_GS=apply_GS, anchor=anchor))
 
 
 def layer_q(layer: Any, names: Iterable[str] = ("default",)) -> Tensor:
@@ -104,6 +105,15 @@ def dense_power(q: Tensor, alpha: float) -> Tensor:
 def dense_weight(weight: Tensor, q: Tensor) -> Tensor:
     """`W Q` in float64 and the shape of `weight`, seen as `(out, d)`. Differentiable."""
     return (weight.double().flatten(1) @ q).view(weight.shape)
+
+
+def share_of(weight: Tensor, q: Tensor) -> float:
+    """The share of `W: (out, d)` in the span of the eigenvectors of `(Q - I)^T (Q - I)` with nonzero eigenvalues."""
+    moved = q - torch.eye(q.shape[0], dtype=torch.float64)
+    sizes, vectors = torch.linalg.eigh(moved.mT @ moved)
+    basis = vectors[:, sizes > 1e-12]
+    wide = weight.detach().double()
+    return float((wide @ basis @ basis.mT).square().sum() / wide.square().sum())
 
 
 def relative_error(actual: Tensor, wanted: Tensor, floor: float = 0.0) -> float:

@@ -8,19 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 #: The checks, in the order in which they are made.
-CHECKS = (
-    "transform",
-    "start",
-    "eval",
-    "train",
-    "gradients",
-    "batch",
-    "size",
-    "deepcopy",
-    "state_dict",
-    "trace",
-    "fold",
-)
+CHECKS = ("transform", "start", "eval", "train", "gradients", "sizes", "deepcopy", "state_dict", "trace", "fold")
 OK = "ok"
 #: How the text of a check begins that does not apply, and of one that ended in a refusal without any change.
 NOT_APPLICABLE, REFUSED = "not applicable", "refused: "
@@ -38,11 +26,7 @@ class Result:
         traced: `BY_FX`, `BY_EXPORT`, or `REFUSED` with the reason.
         refused: layer -> why `transform` refused it.
         checks: name -> `OK`, "not applicable: ...", "refused: ..." or what went wrong.
-        inert: layers whose vectors get no gradient, while those of the oracle do.
-        untouched: layers whose vectors change no output, in the oracle either: not called, or of one dimension.
         dtype: in which the model was run.
-        transform_s: seconds of the first `transform`.
-        cpu_s: seconds of one core that the model's process took.
     """
 
     name: str
@@ -50,11 +34,7 @@ class Result:
     traced: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     checks: dict[str, str] = field(default_factory=dict)
-    inert: list[str] = field(default_factory=list)
-    untouched: list[str] = field(default_factory=list)
     dtype: str = ""
-    transform_s: float = 0.0
-    cpu_s: float = 0.0
 
     @property
     def failures(self) -> dict[str, str]:
@@ -65,7 +45,7 @@ class Result:
     @property
     def right(self) -> bool:
         """Whether nothing went wrong, and something was looked at."""
-        return bool(self.checks) and not self.failures and not self.inert
+        return bool(self.checks) and not self.failures
 
     def line(self) -> str:
         """One line for a terminal, and one for each trouble."""
@@ -73,7 +53,7 @@ class Result:
         graph = "no graph" if self.traced.startswith(REFUSED) else self.traced
         head = f"{'ok   ' if self.right else 'WRONG'} {self.name}: {self.matched} layers{refused}, {graph}"
         troubles = [f"{name}: {what}" for name, what in self.failures.items()]
-        return "\n      ".join([head, *troubles, *(f"inert: {path}" for path in self.inert[:4])])
+        return "\n      ".join([head, *troubles])
 
 
 def summary(results: Sequence[Result]) -> Iterator[str]:

@@ -19,11 +19,11 @@ import json
 import multiprocessing as mp
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,6 +39,11 @@ RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
 RECORDS = ROOT / "docs" / "zoo.json"
 
 
+CONTEXT = mp.get_context("forkserver")
+#: What the process imports from which all models' processes are forked.
+PRELOADED = ["diffusers", "timm", "torch.export", "torchvision", "transformers", "zoo.checks", "hra_fx.api.transform"]
+
+
 def work(name: str, pipe: Connection) -> None:
     """Check one model, in a process of its own."""
     import torch
@@ -46,54 +51,25 @@ def work(name: str, pipe: Connection) -> None:
 
     faulthandler.enable()
     torch.set_num_threads(1)
-    found = check(named([name])[name])
-    found.cpu_s = round(time.process_time(), 1)
-    pipe.send(found)
+    pipe.send(check(named([name])[name]))
 
 
-@dataclasses.dataclass
-class Job:
-    """A model that is being checked."""
-
-    name: str
-    process: Any
-    pipe: Connection
-    deadline: float
-
-    def result(self) -> Result:
-        """What came of it, once the pipe is ready or the time is up."""
-        trouble = "it took too long, and was stopped"
-        if self.pipe.poll():
-            try:
-                found: Result = self.pipe.recv()
-                self.process.join()
-                return found
-            except EOFError:
-                self.process.join()
-                trouble = f"the process ended with {self.process.exitcode}"
-        self.process.kill()
-        self.process.join()
-        return Result(self.name, checks={"transform": trouble})
-
-
-def run(names: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Result]:
-    """Results as they come."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["zoo.preload"])
-    waiting, running = list(reversed(names)), list[Job]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(name, sender), daemon=True)
-            process.start()
-            sender.close()
-            running.append(Job(name, process, receiver, time.monotonic() + timeout))
-        rest = max(0.0, min(job.deadline for job in running) - time.monotonic())
-        ready = wait([job.pipe for job in running], rest)
-        for job in [job for job in running if job.pipe in ready or time.monotonic() > job.deadline]:
-            running.remove(job)
-            yield job.result()
+def checked(name: str, timeout: float) -> Result:
+    """The result of a process of its own."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=work, args=(name, sender), daemon=True)
+    process.start()
+    sender.close()
+    found = Result(name, checks={"transform": "it took too long, and was stopped"})
+    try:
+        if receiver.poll(timeout):
+            found = receiver.recv()
+    except EOFError:
+        process.join()
+        found.checks["transform"] = f"the process ended with {process.exitcode}"
+    process.kill()
+    process.join()
+    return found
 
 
 def code_version() -> str:
@@ -125,8 +101,10 @@ def main() -> int:
     results = {name: one for name, one in kept(options.results, code).items() if options.resume and name in names}
     left = [name for name in names if name not in results]
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a" if options.resume else "w") as file:
-        for count, result in enumerate(run(left, jobs=options.jobs, timeout=options.timeout), 1):
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    with options.results.open("a" if options.resume else "w") as file, ThreadPool(options.jobs) as pool:
+        found = pool.imap_unordered(partial(checked, timeout=options.timeout), left)
+        for count, result in enumerate(found, 1):
             results[result.name] = result
             file.write(json.dumps({"code": code, "result": dataclasses.asdict(result)}) + "\n")
             file.flush()

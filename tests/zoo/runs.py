@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,37 +12,32 @@ from torch import Tensor, nn
 from zoo.entry import Entry
 from zoo.oracle import Oracle, buffers_of, kept_buffers
 from zoo.outputs import LOOSEST, TIGHT, Differs, cast, check_usable, distances, flat, seed
-from zoo.result import Result
-
-import hra_fx
 
 #: Relative change of the weights that has the size of the rounding error of a rotation.
 _NOISE = {torch.float64: 1e-14, torch.float32: 2e-6}
 #: A difference is an error if it is this many times as large as the effect of that change.
 _BEYOND = 20.0
+#: A gradient below this fraction of the largest one counts as zero.
+_ZERO = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 class Runs:
     """One model and its adapted copy.
 
     Attributes:
-        result: the results so far.
         base: the plain model, in eval mode.
         model: the adapted copy; plain again after the last check.
         oracle: the plain model over the rotated weights.
-        config: the configuration of the adapter.
         dtype: the dtype in which the models run.
     """
 
     base: nn.Module
     model: nn.Module
     oracle: Oracle
-    config: hra_fx.HRAConfig
     dtype: torch.dtype
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self.result = Result(entry.name)
 
     def inputs(self, batch: int = 0, size: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a call, the same each time."""
@@ -60,14 +53,29 @@ class Runs:
         return kwargs or args
 
     def run(self, model: nn.Module, batch: int = 0, size: int = 0, *, grad: bool = False) -> dict[str, Tensor]:
-        """The outputs of a model, from the same seed each time; its buffers are restored afterwards."""
+        """The outputs of a model and, in train mode, its buffers, from the same seed; the buffers are restored."""
         args, kwargs = self.inputs(batch, size)
-        context: AbstractContextManager[Any] = nullcontext() if grad else torch.no_grad()
-        with context, kept_buffers(model):
+        with torch.set_grad_enabled(grad), kept_buffers(model):
             seed(11)
             output = flat(model(*args, **kwargs))
-            self._buffers = buffers_of(model) if model.training else {}
-        return output
+            return output | (dict(buffers_of(model)) if model.training else {})
+
+    def gradients(self, model: nn.Module) -> None:
+        """A backward pass from a random loss over every output that has a gradient."""
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(3)
+        loss: Any = 0
+        for tensor in self.run(model, grad=True).values():
+            if tensor.is_floating_point():
+                weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+                if tensor.requires_grad:
+                    loss = loss + (torch.where(torch.isfinite(tensor), tensor, 0) * weights).sum()
+        if isinstance(loss, Tensor):
+            loss.backward()
+
+    def noisy(self) -> Oracle:
+        """The oracle with slightly changed weights."""
+        return Oracle(self.base, self.model, _NOISE[self.dtype])
 
     def judge(
         self, actual: dict[str, Tensor], wanted: dict[str, Tensor], noisy: Callable[[], dict[str, Tensor]]
@@ -98,90 +106,38 @@ class Runs:
 
     def agree(self, model: nn.Module, oracle: Oracle, batch: int = 0, size: int = 0) -> dict[str, Tensor]:
         """Compare the outputs of a model, and its buffers in train mode, with the oracle's; returns the oracle's."""
-        oracle.plain.train(model.training)
-        wanted = self.run(oracle.plain, batch, size)
-        wanted_buffers = self._buffers
-        check_usable(wanted)
-
-        def noisy() -> dict[str, Tensor]:
-            return self.run(self.noisy().train(model.training), batch, size)
-
-        self.judge(self.run(model, batch, size), wanted, noisy)
-        if model.training:
-            actual = {name: self._buffers[name] for name in wanted_buffers}
-            self.judge(actual, wanted_buffers, lambda: (noisy(), self._buffers)[1])
+        wanted = self.run(oracle.plain.train(model.training), batch, size)
+        check_usable({name: tensor for name, tensor in wanted.items() if name.startswith("output")})
+        found = self.run(model, batch, size)  # a graph has more buffers
+        actual = {name: tensor for name, tensor in found.items() if name in wanted or name.startswith("output")}
+        self.judge(actual, wanted, lambda: self.run(self.noisy().plain.train(model.training), batch, size))
         return wanted
 
-    def noisy(self) -> nn.Module:
-        """The oracle with slightly changed weights."""
-        return Oracle(self.base, self.model, _NOISE[self.dtype]).plain
-
-    def _trains(self) -> bool:
-        """Whether the base model runs in train mode; tested once."""
-        if not hasattr(self, "_why_not_train"):
-            self._why_not_train = "" if self.entry.trains else "train mode takes other inputs"
-            if self.entry.trains:
-                try:
-                    self.run(copy.deepcopy(self.base).train())
-                except Exception as error:
-                    self._why_not_train = f"the base model fails in train mode: {short(error)}"
-        return not self._why_not_train
-
-    def _equal(self, actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    def same(self, actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         """Compare two runs of one program on the same values; kernels may still differ by memory layout."""
         self.judge(actual, wanted, lambda: wanted)
 
-    def _gradients(self, training: bool) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
-        """The gradients of the model and of the oracle; the latter are empty if no output has a gradient."""
-        _backward(self.run(self.oracle.plain.train(training), grad=True))
-        wanted = self.oracle.gradients()
-        self.model.zero_grad()
-        went = _backward(self.run(self.model.train(training), grad=True))
-        actual = {path: vectors.grad for path, vectors in vectors_of(self.model).items()}
-        self.model.zero_grad()
-        self.model.eval()
-        if not went and not any(bool(gradient.any()) for gradient in wanted.values()):
-            return actual, {}
-        return actual, wanted
+    def agree_in_gradients(self, model: nn.Module) -> bool:
+        """Compare the gradients of all vectors with the oracle's; `False` if no output has a gradient."""
 
-    def vector_gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """The gradients of the vectors of a model for a random loss."""
+        def of(oracle: Oracle) -> dict[str, Tensor]:
+            self.gradients(oracle.plain.train(model.training))
+            return oracle.gradients()
+
+        wanted = of(self.oracle)
+        self.gradients(model)
+        # Where a layer has no effect, its gradient is rounding.
+        zero = _ZERO[self.dtype] * max(float(gradient.abs().max()) for gradient in wanted.values())
+        seen = {path: gradient for path, gradient in wanted.items() if float(gradient.abs().max()) > zero}
+        actual = {
+            path: torch.zeros_like(gradient) if (found := vectors_of(model)[path].grad) is None else found.double()
+            for path, gradient in seen.items()
+        }
         model.zero_grad()
-        _backward(self.run(model, grad=True))
-        found = {path: vectors.grad for path, vectors in vectors_of(model).items() if vectors.grad is not None}
-        model.zero_grad()
-        return found
-
-    def _judge_gradients(self, training: bool, actual: dict[str, Tensor | None], wanted: dict[str, Tensor]) -> None:
-        if self.result.inert:
-            raise Differs(f"none, while that of the weights is not zero: {', '.join(self.result.inert[:4])}")
-
-        def pick(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-            found = {path: gradients[path] for path in wanted}
-            return {path: torch.zeros_like(wanted[path]) if g is None else g.double() for path, g in found.items()}
-
-        self.judge(pick(actual), wanted, lambda: pick(self.noisy_gradients(training)))
-
-    def noisy_gradients(self, training: bool) -> dict[str, Tensor]:
-        """The gradients of the vectors of the oracle with slightly changed weights."""
-        other = Oracle(self.base, self.model, _NOISE[self.dtype])
-        _backward(self.run(other.plain.train(training), grad=True))
-        return other.gradients()
-
-
-def _backward(output: dict[str, Tensor]) -> bool:
-    """A backward pass from a random loss over every output that has a gradient."""
-    generator = torch.Generator().manual_seed(3)
-    loss: Any = 0
-    for tensor in output.values():
-        if tensor.is_floating_point():
-            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
-            if tensor.requires_grad:
-                loss = loss + (torch.where(torch.isfinite(tensor), tensor, 0) * weights).sum()
-    if isinstance(loss, Tensor):
-        loss.backward()
-        return True
-    return False
+        self.judge(
+            actual, seen, lambda: {path: gradient for path, gradient in of(self.noisy()).items() if path in seen}
+        )
+        return bool(seen)
 
 
 def short(error: BaseException) -> str:

@@ -13,8 +13,7 @@ import torch
 from adapting import randomise
 from layers.quantized.bases import EXACT, SCHEMES, adapted, config, inputs, quantized, values
 from lora.kinds import exported_change
-from oracles import layer_q, relative_error
-from reporting.made import oracle_share
+from oracles import layer_q, relative_error, share_of
 from tiny import llama
 from tiny_models import config_for, tokens_of
 from torch import nn
@@ -38,7 +37,7 @@ def test_an_adapter_is_saved_and_loaded_exported_reported_and_not_folded(scheme:
     for place, row in zip((0, 2), hra_fx.report(model).rows, strict=True):
         weight, q = values(model[place]), layer_q(model[place]).detach()
         assert relative_error(exported_change(lora, str(place)), weight @ q - weight) < 1e-6
-        assert row.share == pytest.approx(oracle_share(weight, q), rel=1e-5)
+        assert row.share == pytest.approx(share_of(weight, q), rel=1e-5)
     for act in (hra_fx.fold, hra_fx.merge_adapter):
         with pytest.raises(FoldError) as caught:
             act(model)
