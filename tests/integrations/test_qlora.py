@@ -16,7 +16,7 @@ from integrations.trl_use.runs import OURS, PEFT, TAKEN, logs, own_cache, redraw
 from oracles import relative_error
 from tiny import llama
 from tiny_models import tokens_of, trainer_of
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
 import hra_fx
@@ -34,19 +34,10 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base")
-    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 base: over another, the backward of bitsandbytes rounds the weights and its forward does not."""
-    path = tmp_path_factory.mktemp("exact")
-    llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
-    return path
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
 
 
 def in_4_bits(folder: Path) -> Any:
@@ -114,37 +105,25 @@ def sft(kind: str, base: Any, output: Path, **options: Any) -> Any:
     return trainer(kind, "SFT", output, base, FIELDS["target_modules"], **(usual | options))
 
 
-def widen(model: nn.Module) -> None:
-    """As docs/large-models.md says it: TRL has made the vectors bfloat16."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            assert parameter.dtype is torch.bfloat16
-            parameter.data = parameter.data.float()
-
-
-def sft_losses(made: Any) -> Tensor:
-    widen(made.model)
-    redraw(made.model, seed=0)
-    made.train()
-    return losses(made)
-
-
-@pytest.fixture(scope="module")
-def sft_losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    base = in_4_bits(exact).dequantize().requires_grad_(requires_grad=False)  # TRL still takes it for a quantized model
-    return sft_losses(sft(PEFT, base, tmp_path_factory.mktemp("peft")))
-
-
-@pytest.mark.parametrize(
-    ("kind", "mode"), [(TAKEN, "not reentrant"), pytest.param(OURS, "reentrant", marks=pytest.mark.slow)]
-)
-def test_sft_of_trl(kind: str, mode: str, exact: Path, sft_losses_of_peft: Tensor, tmp_path: Path) -> None:
-    found = sft_losses(sft(kind, prepared(exact, mode), tmp_path, **CHECKPOINTING[mode]))
-    torch.testing.assert_close(found, sft_losses_of_peft, rtol=1e-4, atol=0)
+def test_sft_of_trl_is_that_of_peft_over_the_dequantized_weights(tmp_path: Path) -> None:
+    """A float32 base: over another, the backward of bitsandbytes rounds the weights and its forward does not."""
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    dequantized = in_4_bits(tmp_path / "base").dequantize().requires_grad_(requires_grad=False)
+    mode, found = "not reentrant", []
+    for kind, base in ((PEFT, dequantized), (TAKEN, prepared(tmp_path / "base", mode))):
+        made = sft(kind, base, tmp_path, **(CHECKPOINTING[mode] if kind == TAKEN else {}))
+        for parameter in made.model.parameters():
+            if parameter.requires_grad:  # as docs/large-models.md says it: TRL has made the vectors bfloat16
+                assert parameter.dtype is torch.bfloat16
+                parameter.data = parameter.data.float()
+        redraw(made.model, seed=0)
+        made.train()
+        found.append(losses(made))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
 def test_pairs_that_trl_leaves_in_bfloat16_train(folder: Path, tmp_path: Path) -> None:
-    made = sft(OURS, prepared(folder), tmp_path, bf16=True)
+    made = sft(OURS, prepared(folder, "reentrant"), tmp_path, bf16=True, **CHECKPOINTING["reentrant"])
     before = {path: pairs.detach().clone() for path, pairs in vectors_of(made.model).items()}
     assert {pairs.dtype for pairs in before.values()} == {torch.bfloat16}
     made.train()

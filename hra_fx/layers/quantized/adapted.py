@@ -43,10 +43,11 @@ class AdaptedQuantizedLinear(AdaptedLinear):
             x: Tensor = call(self.hra_u, input) if reflected is None else reflected
             scheme: Any = quant_scheme_of(self)
             wanted = torch.is_grad_enabled() and x.requires_grad
-            given = x.detach() if wanted and scheme.straight_through else x
+            # If the bias is trained, the output has a gradient, whether or not the library passes one to the input.
+            is_ours = scheme.straight_through or any(p.requires_grad for p in self.parameters(recurse=False))
+            given = x.detach() if wanted and is_ours else x
             output = F.linear(given, self.hra_base, self.bias) if is_torchao else base.forward(self, given)
-            # The output of a detached input may have a gradient too, for the bias.
-            if wanted and (scheme.straight_through or not output.requires_grad):
+            if wanted and (is_ours or not output.requires_grad):
                 return _StraightThrough.apply(output, x, self, scheme)  # type: ignore[no-untyped-call]
             return output
 
@@ -72,11 +73,11 @@ class _StraightThrough(torch.autograd.Function):
         return grad, (grad @ weight).to(ctx.dtype), None, None
 
 
-def _whole_state_dict(self: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
-    """The state of a class with its own `state_dict`, which may leave out children (HQQ), with the adapters."""
-    state = base.state_dict(self, *args, **kwargs)
-    into, place = kwargs.get("destination"), f"{kwargs.get('prefix', '')}{REFLECTION}."
-    self._modules[REFLECTION].state_dict(  # type: ignore[union-attr]
-        destination=state if into is None else into, prefix=place, keep_vars=kwargs.get("keep_vars", False)
-    )
+def _whole_state_dict(
+    self: Any, base: Any, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+) -> dict[str, Any]:
+    """The state of a class with its own `state_dict`, which leaves out children (HQQ), with the adapters."""
+    state: dict[str, Any] = {} if destination is None else destination
+    base.state_dict(self, destination=state, prefix=prefix, keep_vars=keep_vars)
+    self.hra_u.state_dict(destination=state, prefix=f"{prefix}{REFLECTION}.", keep_vars=keep_vars)
     return state

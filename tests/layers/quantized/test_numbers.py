@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,13 +65,26 @@ def test_under_autocast(scheme: str) -> None:
         check_gradients(model[0], x, bound=3e-2)
 
 
-@pytest.mark.parametrize("scheme", ["bitsandbytes, Linear4bit", "torchao, Int8Tensor"])
-def test_biases_train_with_the_vectors(scheme: str) -> None:
-    model, x = adapted(scheme, bias="all"), inputs()
-    model(x).sum().backward()
-    wanted = torch.autograd.grad(dense(model, x).sum(), [model[0].hra_u["default"], model[0].bias])
-    for parameter, gradient in zip((model[0].hra_u["default"], model[0].bias), wanted, strict=True):
-        assert relative_error(parameter.grad, gradient) < 1e-5
+class Added(Packed):
+    """A kernel without gradients, and a bias with one."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        del self.bias
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.detach(), self.codes * self.scales) + self.bias
+
+
+@pytest.mark.parametrize("make", [SCHEMES["bitsandbytes, Linear4bit"], SCHEMES["torchao, Int8Tensor"], Added])
+def test_a_bias_trains_with_the_vectors(make: Callable[[nn.Linear], nn.Module]) -> None:
+    model, x = hra_fx.transform(nn.Sequential(make(nn.Linear(64, 32))), config("0", bias="all")), inputs()
+    leaves = [model[0].hra_u["default"], model[0].bias]
+    wanted = torch.autograd.grad((x.double() @ rotated(model[0]).mT + leaves[1].double()).square().sum(), leaves)
+    found = torch.autograd.grad(model(x).square().sum(), leaves)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
 
 
 class Half(Packed):

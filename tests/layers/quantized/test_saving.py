@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from oracles import layer_q, relative_error, share_of
 from tiny import llama
 from tiny_models import config_for, tokens_of
 from torch import nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
-from torchao.quantization.granularity import PerGroup
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -79,68 +77,33 @@ def test_int4_of_gpus_is_adapted_and_not_folded() -> None:
         hra_fx.fold(model)
 
 
-# ---- models of transformers that are quantized while they are loaded ----
-
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "bnb int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "bnb nf4": lambda: BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    ),
-    "ao int8 dynamic": lambda: TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
-    "ao int4": lambda: TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    llama(hidden_size=128, intermediate_size=128).save_pretrained(path)
-    return path
-
-
-def loaded(folder: Path, name: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS[name]())
-
-
-def adapted_model(folder: Path, name: str) -> Any:
+@pytest.mark.parametrize(
+    "quantization",
+    [BitsAndBytesConfig(load_in_8bit=True), TorchAoConfig(Int8DynamicActivationInt8WeightConfig())],
+    ids=["bitsandbytes", "torchao"],
+)
+def test_a_model_of_transformers_is_saved_loaded_and_generates(quantization: Any, tmp_path: Path) -> None:
     """It trains vectors: pairs are rounded by a file, and then a quantized input may be rounded to another value."""
-    torch.manual_seed(1)
-    model = hra_fx.transform(loaded(folder, name), config_for("llama", target_modules="all-linear", pairs=False))
+    llama(hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "base")
+    model, base = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization) for _ in range(2)
+    )
+    hra_fx.transform(model, config_for("llama", target_modules="all-linear", pairs=False))
     randomise(model)
-    return model
+    with pytest.raises(AdapterError, match="dequantize replaces the adapted layers, so they would lose their refl"):
+        model.dequantize()
+    model.save_pretrained(tmp_path / "adapter")
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    before, again = logits(base), hra_fx.load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model)) and not torch.allclose(logits(again), before, atol=1.0)
+    text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
+    assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
 
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=tokens_of(2, 8)).logits
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_path: Path) -> None:
-    model = adapted_model(folder, name)
-    model.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    again = hra_fx.load_adapter(loaded(folder, name), tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    assert not torch.allclose(logits(again), logits(loaded(folder, name)), atol=1.0)
-    text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
-    assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
-
-
-def test_dequantize_is_refused_and_works_before(folder: Path, tmp_path: Path) -> None:
-    model = adapted_model(folder, "bnb int8")
-    with pytest.raises(
-        AdapterError, match="dequantize replaces the adapted layers, so they would lose their reflections"
-    ):
-        model.dequantize()
-    model.save_pretrained(tmp_path)
-    plain = hra_fx.load_adapter(loaded(folder, "bnb int8").dequantize(), tmp_path)
-    folded = hra_fx.fold(plain)
-    assert torch.allclose(logits(folded), model.train()(input_ids=tokens_of(2, 8)).logits, atol=1e-2)
