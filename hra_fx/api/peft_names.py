@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -9,9 +10,11 @@ from torch import nn
 from hra_fx.api.peft_model import HRAModel, as_hra_model, check_names
 from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
+from hra_fx.functional.pairs import to_pairs
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.model.inject import all_or_nothing
 from hra_fx.model.peft_view import take_over
+from hra_fx.model.state import adapted_layers, root_of
 
 #: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.
 PeftModel = HRAModel
@@ -87,7 +90,19 @@ def from_peft(model: nn.Module) -> Any:
         True
     """
     with all_or_nothing() as undo:
-        root = take_over(model, undo, root_class_for, pairs=True)
+        root = take_over(model, undo, root_class_for)
         check_names(root)
         hand_over(model, root, undo)
+    _train_pairs(root)
     return as_hra_model(root)
+
+
+def _train_pairs(root: nn.Module) -> None:
+    """Convert the vectors in the same parameters to pairs, where this is possible."""
+    configs = root_of(root)[1].configs
+    for path, layer in adapted_layers(root).items():
+        for name, spec in layer.hra_u.specs.items():
+            if configs[name].trains_pairs(path):
+                own = layer.hra_u[name]
+                own.grad, own.data = None, to_pairs(own.detach()).to(own.dtype)
+                layer.hra_u.specs[name] = dataclasses.replace(spec, pairs=True)

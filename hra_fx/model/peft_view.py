@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -59,12 +59,8 @@ def take_over(
     model: nn.Module,
     undo: ExitStack,
     root_class_for: Callable[[nn.Module], type[SwapMixin]] = lambda _: AdaptedModel,
-    *,
-    pairs: bool = False,
 ) -> nn.Module:
     """Replace PEFT's HRA layers with adapted layers that have the same parameters; `undo` restores PEFT's layers.
-
-    With `pairs`, the parameters contain pairs of vectors from now on, where this is possible.
 
     Returns:
         The base model, with all adapters and their state.
@@ -84,17 +80,13 @@ def take_over(
     }
     trained = {name: any(u.requires_grad for u in held.values()) for name, held in vectors.items()}
     first = next(iter(layers.values()))
-    active, disabled = tuple(name for name in first.active_adapters if name in configs), first.disable_adapters
-    for parameter in root.parameters():
-        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    active, disabled = [name for name in first.active_adapters if name in configs], first.disable_adapters
     # PEFT's wrappers share this dictionary. PEFT's functions raise an error for configurations of hra_fx.
     undo.callback(root.peft_config.update, dict(root.peft_config))
     root.peft_config.update(configs)
-    _take_out(root, layers.values(), wrappers.values(), undo)
-    undo.callback(_remove_all, root)
+    _take_out(root, [*layers.values()], [*wrappers.values()], undo)
     for name, config in configs.items():
-        copies, root_class = _trained_tensors(wrappers, name), root_class_for(root)
-        _add(root, name, config, vectors[name], copies, root_class, undo if pairs else None)
+        _add(root, name, config, vectors[name], _trained_tensors(wrappers, name), root_class_for(root))
     set_adapter(root, active)
     set_requires_grad(collect_parts(root), trained)
     if disabled:
@@ -132,12 +124,11 @@ def _check(layers: Mapping[str, Any]) -> None:
                 "model."
             )
         width = width_of(layer.base_layer)
-        for name, vectors in layer.hra_u.items():
-            if vectors.shape[0] != width:  # of a kernel that is not square
-                raise AdapterError(
-                    f"{path}: PEFT's vectors of {name!r} have length {vectors.shape[0]}, but a row of the weight has "
-                    f"{width} entries. Adapt this layer with hra_fx.transform."
-                )
+        if odd := next((name for name, vectors in layer.hra_u.items() if len(vectors) != width), None):
+            raise AdapterError(  # of a kernel that is not square
+                f"{path}: PEFT's vectors of {odd!r} have length {len(layer.hra_u[odd])}, but a row of the weight has "
+                f"{width} entries. Adapt this layer with hra_fx.transform."
+            )
 
 
 def _trained_tensors(wrappers: Mapping[str, Any], name: str) -> dict[tuple[str, str], Tensor]:
@@ -151,8 +142,10 @@ def _trained_tensors(wrappers: Mapping[str, Any], name: str) -> dict[tuple[str, 
     }
 
 
-def _take_out(root: nn.Module, layers: Iterable[Any], wrappers: Iterable[Any], undo: ExitStack) -> None:
-    """Replace PEFT's modules with those of the base model."""
+def _take_out(root: nn.Module, layers: list[Any], wrappers: list[Any], undo: ExitStack) -> None:
+    """Replace PEFT's modules with those of the base model. `undo` first removes what was added after this."""
+    for parameter in root.parameters():
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
     replaced = {layer: layer.base_layer for layer in layers} | {one: one.original_module for one in wrappers}
     for parent in [module for module in root.modules() if module not in replaced]:
         for name, child in parent._modules.items():
@@ -162,6 +155,7 @@ def _take_out(root: nn.Module, layers: Iterable[Any], wrappers: Iterable[Any], u
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if name in vars(root):
             undo.callback(vars(root).__setitem__, name, vars(root).pop(name))
+    undo.callback(_remove_all, root)
 
 
 def _add(
@@ -171,12 +165,8 @@ def _add(
     vectors: Mapping[str, nn.Parameter],
     copies: Mapping[tuple[str, str], Tensor],
     root_class: type[SwapMixin],
-    undo_of_pairs: ExitStack | None,
 ) -> None:
-    """Add an adapter with the vectors of its layers, by path, and the tensors that it trains in modules.
-
-    With `undo_of_pairs`, the vectors become pairs where this is possible.
-    """
+    """Add an adapter with the vectors of its layers, by path, and the tensors that it trains in modules."""
     config = without_unmatched(root, config)
     if odd := sorted(select(root, config).keys() ^ vectors.keys()):
         raise AdapterError(
@@ -184,18 +174,11 @@ def _add(
         )
 
     def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
-        own = vectors[path]
-        pairs = undo_of_pairs is not None and config.trains_pairs(path)
-        spec = AdapterSpec(own.shape[1], config.apply_GS, init_weights=False, pairs=pairs)
-        adapters.put(name, spec, own.detach(), None)
-        if undo_of_pairs is not None and pairs:
-            undo_of_pairs.callback(setattr, own, "grad", own.grad)
-            undo_of_pairs.callback(setattr, own, "data", own.data)
-            own.grad, own.data = None, adapters[name].data
-        adapters[name] = own  # the same parameter, so that an optimizer keeps working
+        spec = AdapterSpec(vectors[path].shape[1], config.apply_GS, init_weights=False)
+        adapters.put(name, spec, vectors[path].detach(), None)
+        adapters[name] = vectors[path]  # the same parameter, so that an optimizer keeps working
 
-    state = get_state(root)
-    if state is None:
+    if (state := get_state(root)) is None:
         set_up(root, config, name, fill, copies, root_class=root_class)
     else:
         add_filled_adapter(root, state, name, config, fill, copies)
