@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
@@ -104,6 +105,14 @@ def export_forward_backward() -> Callable[..., Any]:
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def loaded_class(module: str, name: str) -> Any:
+    """A class for `isinstance` and `issubclass`; `()` if its module is not loaded, so that no object has the class.
+
+    The module may also be half loaded, while another thread imports it.
+    """
+    return getattr(sys.modules.get(module), name, ())
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:

@@ -151,7 +151,21 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     # Some writers leave out PEFT's prefix.
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
+    for key, vectors in tensors.items():
+        if key.endswith(f".{REFLECTION}"):
+            _check_vectors(file, key, vectors)
     return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(metadata))
+
+
+def _check_vectors(file: Path, key: str, vectors: Tensor) -> None:
+    """Check that each vector has a direction."""
+    if not vectors.is_floating_point():
+        what = f"has dtype {str(vectors.dtype).removeprefix('torch.')}, but vectors are floating-point numbers"
+    elif vectors.dim() > 1 and not vectors.double().ne(0).any(-2).all():
+        what = "has a vector of zeros, which has no direction to reflect"
+    else:
+        return
+    raise CheckpointError(f"{file}: {key} {what}. The file is damaged: save or download the adapter again.")
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,16 @@ def write(
     disk, leaves an old adapter unchanged. If the process is killed between the two renames, the folder contains the new
     configuration and the old weights.
     """
-    folder = Path(directory)
+    folder = output_folder(directory)
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
     write_files(folder, {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: data})
+
+
+def output_folder(directory: str | os.PathLike[str]) -> Path:
+    """The path of a folder to write to. An empty path would be the current folder."""
+    if not os.fspath(directory):
+        raise CheckpointError("the path of the folder is empty (''). Pass the folder to write, or '.' for this one.")
+    return Path(directory)
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

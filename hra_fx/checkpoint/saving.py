@@ -29,6 +29,7 @@ from hra_fx.checkpoint.folder import (
     copy_entry,
     copy_key,
     kept_entry,
+    output_folder,
     reflection_key,
     vectors_entry,
     vectors_key,
@@ -143,7 +144,7 @@ def save_adapters(
     and no `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of
     `save_adapter`.
     """
-    (root, record), folder = root_of(model), Path(directory)
+    (root, record), folder = root_of(model), output_folder(directory)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")

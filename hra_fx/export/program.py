@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 from torch import fx
 
-from hra_fx.compat import OpOverload, is_higher_order
+from hra_fx.compat import OpOverload, is_higher_order, loaded_class
 from hra_fx.errors import AdapterError
 from hra_fx.layers.target import find_kind
 
 
 def is_program(value: object) -> bool:
     """Whether a value is a `torch.export.ExportedProgram`. This does not import torch.export."""
-    module = sys.modules.get("torch.export")
-    return module is not None and isinstance(value, module.ExportedProgram)
+    return isinstance(value, loaded_class("torch.export", "ExportedProgram"))
 
 
 def refuse_operators(model: object) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
 from torch import nn
 
+from hra_fx.compat import loaded_class
 from hra_fx.errors import UnsupportedLayerError
 
 
 def is_peft_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of any PEFT method, which wraps a base layer."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # if it is not loaded, no object has its classes
-    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+    return isinstance(module, loaded_class("peft.tuners.tuners_utils", "BaseTunerLayer"))
 
 
 def is_peft_hra_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of PEFT's HRA."""
-    hra = sys.modules.get("peft.tuners.hra")
-    return hra is not None and isinstance(module, hra.HRALayer)
+    return isinstance(module, loaded_class("peft.tuners.hra", "HRALayer"))
 
 
 def is_of_peft(module: nn.Module) -> bool:

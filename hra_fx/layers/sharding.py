@@ -6,7 +6,6 @@ they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` bef
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -14,11 +13,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import has_own_hooks
+from hra_fx.compat import has_own_hooks, loaded_class
 from hra_fx.layers.target import REFLECTION, SAVED, full_shape
 
 T = TypeVar("T")
 #: Why a layer cannot be adapted after its weight was split, or split after it was adapted; without the final period.
+_FSDP = "torch.distributed.fsdp"
 SPLIT = (
     "tensor parallelism splits its weight, and adapters need the whole weight. Train with FSDP2 or DDP instead. For "
     "inference, call hra_fx.fold first"
@@ -27,12 +27,10 @@ SPLIT = (
 
 def sharded_by(module: nn.Module) -> str | None:
     """The tool that shards the parameters of a module, or `None`."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no object has its classes
-    if fsdp is None:
-        return None
-    if isinstance(module, fsdp.FSDPModule):
+    if isinstance(module, loaded_class(_FSDP, "FSDPModule")):
         return "fully_shard"
-    return "FullyShardedDataParallel" if isinstance(module, fsdp.FullyShardedDataParallel) else None
+    flat = isinstance(module, loaded_class(_FSDP, "FullyShardedDataParallel"))
+    return "FullyShardedDataParallel" if flat else None
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -74,15 +72,14 @@ def is_trained_by_zero(vectors: Tensor) -> bool:
 
 def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether a tensor is a `DTensor`; this process may have only a part of it."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
+    return isinstance(tensor, loaded_class("torch.distributed.tensor", "DTensor"))
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Free unsharded parameters that FSDP2 modules among `modules` still have after their last forward."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # looked up once, so that switching adapters is fast
-    for module in modules if fsdp else ():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+    group = loaded_class(_FSDP, "FSDPModule")  # looked up once, so that switching adapters is fast
+    for module in modules if group else ():
+        if isinstance(module, group):
             module.reshard()
 
 
@@ -93,8 +90,7 @@ def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
     the group are reduced at the end of the backward pass, so all of them can come from one computation. The result is
     whether all modules are in such groups. Otherwise, nothing is gathered.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not all(isinstance(module, fsdp.FSDPModule) for module in (root, *modules)):
+    if not all(isinstance(module, loaded_class(_FSDP, "FSDPModule")) for module in (root, *modules)):
         return False
     for group in modules:
         group.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]

@@ -7,7 +7,6 @@ The name of the part is a prefix of PEFT's keys, and of the fields of the part's
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import PREFIX, write_weights
+from hra_fx.compat import loaded_class
 from hra_fx.errors import AdapterError, CheckpointError, HRAError
 from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.from_model import lora_adapter
@@ -63,10 +63,8 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
     """
     if not isinstance(model, nn.Module):
         return _adapted_components(model)
-    # If diffusers is not loaded, no object has its classes.
-    loader = getattr(sys.modules.get("diffusers.loaders.peft"), "PeftAdapterMixin", None)
     inner = unwrap(model)
-    if loader is None or not isinstance(inner, loader):
+    if not isinstance(inner, loaded_class("diffusers.loaders.peft", "PeftAdapterMixin")):
         return {}
     # "transformer" is also where `load_lora_adapter` of a model looks by default.
     return {"unet" if type(inner).__name__.startswith("UNet") else "transformer": inner}

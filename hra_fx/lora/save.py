@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import write
+from hra_fx.checkpoint.folder import output_folder, write
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.functional.low_rank import rounding_error
@@ -175,8 +175,8 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
-    checked = _dtype(dtype)
-    file_format = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
+    checked, path = _dtype(dtype), output_folder(path)
+    file_format = "gguf" if path.suffix.lower() == ".gguf" else "peft"
     if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
         raise AdapterError(f"GGUF files are for language models, got {name}. Pass a folder to save a pipeline.")
@@ -188,7 +188,7 @@ def save_as_lora(
             adapters = {"": lora_adapter(adapted, adapter_names, rank)}
             parts = {"": adapted}
         tensors = [tensor for part in parts.values() for tensor in part.parameters()]
-        result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, checked))
+        result = on_first_rank(tensors, lambda: _write(adapters, path, file_format, checked))
     _warn_if_unchanged(adapters.values())
     return result
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import loaded_class
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
@@ -71,8 +71,7 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
 
 def valid_config(config: HRAConfig) -> HRAConfig:
     """Return a validated copy of a configuration, which may also be a `peft.HRAConfig`."""
-    theirs = getattr(sys.modules.get("peft"), "HRAConfig", None)  # if PEFT is not loaded, no object has its classes
-    if theirs is not None and isinstance(config, theirs):
+    if isinstance(config, loaded_class("peft", "HRAConfig")):
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
     if not isinstance(config, HRAConfig):
         class_name = f"{type(config).__module__}.{type(config).__qualname__}"

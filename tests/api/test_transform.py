@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import sys
+import types
 import warnings
 from typing import Any
 
@@ -174,3 +176,10 @@ def test_every_error_is_public_and_nothing_else() -> None:
 def test_every_public_name_is_loaded_from_its_home() -> None:
     for name in hra_fx.__all__:
         assert getattr(hra_fx, name).__name__ == ("HRAModel" if name == "PeftModel" else name)
+
+
+def test_a_module_that_another_thread_is_importing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.export", "peft"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    model = hra_fx.transform(nn.Sequential(nn.Linear(4, 4)), config("0"))
+    assert hra_fx.get_peft_model_state_dict(model).keys() == {"base_model.model.0.hra_u"}

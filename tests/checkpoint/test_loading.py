@@ -274,6 +274,14 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
         with_weights(lambda tensors: tensors[LAST][1, :2].fill_(float("nan"))),
         f"'{LAST}' has 2 of 32 values that are infinite or NaN",
     ),
+    "zeros": (
+        CHAIN,
+        with_weights(lambda tensors: tensors[LAST][:, 1].zero_()),
+        f"{LAST} has a vector of zeros, which has no direction to reflect. The file is damaged: save or download the",
+    ),
+    "integers": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.int32)), f"{LAST} has dtype int32, but vectors are fl"),
+    "booleans": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.bool)), f"{LAST} has dtype bool, but vectors are fl"),
+    "complex": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.complex64)), f"{LAST} has dtype complex64, but vect"),
     "many unexpected": (
         CHAIN,
         with_weights(lambda tensors: tensors.update({f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)})),
