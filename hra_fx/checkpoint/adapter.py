@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.base_model import BaseRow, compare_names, first_row, read_base_row
+from hra_fx.checkpoint.base_model import BaseRow, first_row, read_base_row
 from hra_fx.checkpoint.folder import (
     PREFIX,
     VECTORS,
@@ -277,15 +277,22 @@ def _split(adapter: Adapter, path: str, resume: Resume) -> tuple[Tensor, Tensor 
 
 
 def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that the adapter is not folded into the model. If its row does not tell, compare the models' names."""
-    row, state = adapter.base_row, "unknown"
-    if row is not None and row.path in layers:
-        chain = ChainPart(adapter.tensors[reflection_key(row.path)], apply_GS=adapter.config.apply_GS).chain()
-        state = row.state(chain, first_row(layers[row.path]))
-        if state == "folded":
-            raise CheckpointError(
-                f"This {type(model).__name__} already contains the adapter {adapter.file} or a very similar one, "
-                f"folded into its weights (seen in {row.path}). Use the base model that the adapter was trained on."
-            )
-    if state == "unknown":
-        compare_names(adapter.file, adapter.config, getattr(model, "name_or_path", None))
+    """Check that the adapter is not folded into the model, and warn about another base model, if a row can tell."""
+    row = adapter.base_row
+    found = None if row is None or row.path not in layers else first_row(layers[row.path])
+    if row is None or found is None:
+        return
+    chain = ChainPart(adapter.tensors[reflection_key(row.path)], apply_GS=adapter.config.apply_GS).chain()
+    state = row.compare(found, chain)
+    if state == "folded":
+        raise CheckpointError(
+            f"This {type(model).__name__} already contains the adapter {adapter.file} or a very similar one, folded "
+            f"into its weights (seen in {row.path}). Use the base model that the adapter was trained on."
+        )
+    if state == "other":
+        name = adapter.config.base_model_name_or_path
+        text = (
+            f"{adapter.file}: the weight of {row.path} differs from that of the base model that the adapter was "
+            f"trained on{f' ({name})' if name else ''}. Load it into that model, without other adapters folded into it."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=4)

@@ -1,24 +1,20 @@
 """The base model of an adapter: its name and class, as PEFT writes them, and one row of a weight.
 
-The row shows whether a model is the base model or the same model with the adapter folded into it: in the folded model,
-the row is rotated. It is stored in the metadata of an adapter's file.
+The row shows whether a model is the base model, the same model with the adapter folded into it, where the row is
+rotated, or another one. It is stored in the metadata of an adapter's file.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.errors import HRAWarning
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.selection.origin import origin_of
 
@@ -38,51 +34,24 @@ def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
     return config.auto_mapping or (None if config.task_type else mapping)
 
 
-def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
-    """Warn if the name of an adapter's base model differs from `ours`, unless `ours` is not a name.
-
-    The names of parent folders are ignored. A symbolic link also has the name of the folder that it points to.
-    """
-    theirs = config.base_model_name_or_path
-    if not theirs or not isinstance(ours, str):
-        return
-    one, other = ({_last(name), _last(os.path.realpath(name))} for name in (os.fspath(theirs), ours))
-    if one.isdisjoint(other) and "" not in one | other:
-        text = (
-            f"{file}: the adapter was trained on {os.fspath(theirs)!r}, but this model is {ours!r}. Make sure that it "
-            "has the same weights, without an adapter folded or merged into them."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=5)
-
-
-def _last(name: str) -> str:
-    """The last part of a model's name, or of the name of its repository if it is a folder in the Hub cache.
-
-    >>> _last("org/tiny"), _last("models/tiny/"), _last("hub/models--org--tiny/snapshots/0123abc"), _last(".")
-    ('tiny', 'tiny', 'tiny', '')
-    """
-    parts = Path(os.path.normpath(name)).parts or ("",)
-    return parts[-3].rpartition("--")[2] if parts[-2:-1] == ("snapshots",) and len(parts) > 2 else parts[-1]
-
-
 class BaseRow(NamedTuple):
     """The first row `(d,)` of the base weight of a layer, in float32."""
 
     path: str
     values: Tensor
 
-    def state(self, chain: Tensor, row: Tensor | None) -> Literal["base", "folded", "unknown"]:
-        """Whether a model is the base model or has the adapter folded into it; `row` is the same row of that model.
+    def compare(self, row: Tensor, chain: Tensor) -> Literal["base", "folded", "other"]:
+        """Whether `row`, the same row of a model, is that of the base model, or has the adapter folded into it.
 
-        It is `"unknown"` without a row, for other models, for models with other folded adapters, and for adapters that
-        hardly rotate the row.
+        The model is an other one if the row differs by more than 5 % from both. Rounding to 16 bits changes it by less.
         """
-        if row is None or row.shape != self.values.shape or len(chain) != len(row):
-            return "unknown"
         base, found = self.values.double(), row.double()
+        if found.shape != base.shape:
+            return "other"
         from_folded, from_base = float(torch.dist(found, _rotated(base, chain))), float(torch.dist(found, base))
-        # Use a margin, because rounding to 16 bits also changes a row.
-        return "folded" if from_folded < from_base / 2 else "base" if from_base < from_folded / 2 else "unknown"
+        if from_folded < from_base / 2:
+            return "folded"
+        return "base" if from_base <= 0.05 * float(base.norm()) else "other"
 
 
 def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 import re
 import shutil
 from collections import OrderedDict
@@ -37,32 +35,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import hra_fx
-from hra_fx import CheckpointError, ConfigError, HRAWarning
+from hra_fx import CheckpointError, ConfigError
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
-
-
-def named(name: str) -> Any:
-    model = mlp()
-    model.name_or_path = name
-    return model
-
-
-def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "0", base=lambda: named("org/small-v1"))
-    assert json.loads((folder / CONFIG_NAME).read_text())["base_model_name_or_path"] == "org/small-v1"
-    model = named("org/small-v2")
-    hra_fx.load_adapter(copy.deepcopy(model), folder)  # the weights are those of the base model
-    with torch.no_grad():
-        model[0].weight.normal_()
-    with pytest.warns(HRAWarning) as caught:
-        hra_fx.load_adapter(model, folder)
-    assert [str(each.message) for each in caught] == [
-        f"{folder / WEIGHTS_NAME}: the adapter was trained on 'org/small-v1', but this model is 'org/small-v2'. Make "
-        "sure that it has the same weights, without an adapter folded or merged into them."
-    ]
-    assert caught[0].filename == __file__
-    assert torch.equal(model[0].hra_u["default"], weights(folder)[f"{PREFIX}0.hra_u"][:, 1:])
 
 
 # ---- adapters that cannot be replaced ----
