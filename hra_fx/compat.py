@@ -192,16 +192,6 @@ def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def wrapper_tensor(cls: type[T], like: Tensor) -> T:
-    """Create a tensor without data of a subclass that overrides `__torch_dispatch__`, with the metadata of `like`."""
-    make: Any = Tensor._make_wrapper_subclass
-    made: T = make(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
-    return made
-
-
-#: `__torch_function__` of a tensor subclass that overrides nothing. torch's documentation uses the private name.
-disabled_torch_function: Any = torch._C._disabled_torch_function_impl
-
 #: Functions over nested containers, as torch itself flattens them.
 pytree: Any = _pytree
 

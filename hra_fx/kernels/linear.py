@@ -27,19 +27,6 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
     return (flat + torch.mm(F.linear(flat.to(rows.dtype), down), rows).to(x.dtype)).view(x.shape)
 
 
-def reflect_each(x: Tensor, factors: Factors) -> Tensor:
-    """Reflect the rows of each matrix of `x: (n, rows, d)` by its own chain, with factors `(n, k, d)`: `X_i Q_i^T`.
-
-    For a single chain, with factors `(k, d)`, this is `reflect_rows`.
-    """
-    rows, down = factors
-    if rows.dim() == 2:
-        return reflect_rows(x, factors)
-    if x.dtype is rows.dtype:
-        return torch.baddbmm(x, torch.bmm(x, down.mT), rows)
-    return x + torch.bmm(torch.bmm(x.to(rows.dtype), down.mT), rows).to(x.dtype)
-
-
 def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a Linear of `x: (..., d)` with the weight `W Q`, for factors in the dtype of the products."""
     rows, down = factors

@@ -9,7 +9,7 @@ from torch import nn
 from hra_fx.layers.adapted_layer import AdaptedConv, AdaptedLayer, AdaptedLinear
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.experts_adapters import ExpertsAdapters
+from hra_fx.layers.experts import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.quantized.adapted import AdaptedQuantizedLinear, QuantizedAdapters

@@ -61,11 +61,6 @@ class ExpertsWeight(nn.Module):
         return f"{type(self.owner).__name__}.{self.parameter} {self.experts}x({self.width}->{self.out})"
 
 
-def stands_for_parameter(path: str) -> bool:
-    """Whether a path is the path of an `ExpertsWeight`."""
-    return path.rpartition(".")[2].startswith(CHILD)
-
-
 def parameter_of(path: str) -> str:
     """The name of the parameter that the layer with this path represents: `experts.up` for `experts.hra_up`."""
     owner, _, child = path.rpartition(".")

@@ -35,6 +35,8 @@ class _Running(threading.local):
         self.run: Run | None = None
         #: The innermost layer that runs a forward of its own, which reads its weight.
         self.layer: Any = None
+        #: The weights that the innermost forward of experts has read; `None` outside of such a forward.
+        self.experts: dict[Any, Any] | None = None
 
 
 RUNNING = _Running()

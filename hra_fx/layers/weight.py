@@ -102,8 +102,8 @@ def _has_weight(layer: nn.Module) -> bool:
     return name in owner._parameters or name in owner.__dict__
 
 
-def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> Any:
-    """The value of `layer.weight`. `rotated(layer)` computes `W Q`, by default from the container."""
+def read_weight(layer: nn.Module) -> Any:
+    """The value of `layer.weight`: `W Q`, or the parameter."""
     adapters: Any = layer._modules.get(REFLECTION)
     if adapters is None or not _has_weight(layer):
         return nn.Module.__getattr__(layer, weight_place(layer)[1])
@@ -117,7 +117,7 @@ def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> 
         return base
     if adapters.reflects_input:
         adapters.is_read = True
-    return call(adapters, weight=base) if rotated is None else rotated(layer)
+    return call(adapters, weight=base)
 
 
 def _must_be_parameter(layer: nn.Module, base: Any) -> bool:
@@ -128,7 +128,8 @@ def _must_be_parameter(layer: nn.Module, base: Any) -> bool:
     """
     if is_dtensor(base) or base.is_meta or getattr(base, "_fsdp_flattened", False):
         return True
-    return offloading_hook(layer) is not None and RUNNING.layer is not layer
+    owner, _ = weight_place(layer)
+    return offloading_hook(owner) is not None and RUNNING.layer is not owner
 
 
 class ReadsWeights(SwapMixin):

@@ -14,10 +14,10 @@ from hra_fx.compat import state_paths
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
-from hra_fx.layers.adapted_experts import attach, detach
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
 from hra_fx.layers.classes import adapters_for, layer_class_for
+from hra_fx.layers.experts import attach, detach
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.readers import needs_parameter, why_lost
 from hra_fx.layers.target import REFLECTION, SAVED

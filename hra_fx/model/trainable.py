@@ -14,8 +14,8 @@ from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
-from hra_fx.layers.adapted_experts import adapted_parameters
 from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.experts import adapted_parameters
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import ADAPTER_CHILDREN, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors

@@ -1,0 +1,107 @@
+"""Adapted experts: the container of their vectors, and the module that has their 3-D parameters.
+
+While the model runs, `owner.<parameter>` is `W_e Q_e` of all experts, a plain tensor, as in PEFT's `ParamWrapper`. At
+any other time it is the parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx import compat
+from hra_fx.errors import AdapterError
+from hra_fx.functional.rotate import as_rows
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
+from hra_fx.layers.class_swap import SwapMixin, swap, unswap
+from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
+from hra_fx.layers.running import RUNNING
+from hra_fx.layers.weight import read_weight, running
+
+
+class ExpertsAdapters(HouseholderAdapters):
+    """The adapters of one 3-D parameter. Each expert has its own reflections: `U: (experts, d, r)`."""
+
+    def __init__(self, layer: ExpertsWeight) -> None:
+        """Create an empty container for the experts of a parameter."""
+        super().__init__(layer.width, "experts", fan_in_fan_out=layer.fan_in_fan_out)
+        self.experts = layer.experts
+
+    def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Create new vectors for every expert, `(experts, d, r)`, and their anchors."""
+        made = [super(ExpertsAdapters, self).initial(spec, dtype) for _ in range(self.experts)]
+        anchors = [anchor for _, anchor in made if anchor is not None]
+        return torch.stack([vectors for vectors, _ in made]), torch.stack(anchors) if anchors else None
+
+    def vectors_shape(self, r: int) -> tuple[int, ...]:
+        """The shape of the vectors of an adapter of rank `r`: `(experts, d, r)`."""
+        return self.experts, self.width, r
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weights as matrices `(experts, out, d)`."""
+        return as_rows(weight, transposed=self.fan_in_fan_out, batched=True)
+
+
+class AdaptedExperts(SwapMixin):
+    """A module with adapted 3-D parameters."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return `W Q` for the name of an adapted parameter while the model runs, and otherwise the attribute."""
+        layer = vars(self).get("_modules", {}).get(CHILD + name)
+        if not isinstance(layer, ExpertsWeight) or name not in self._parameters:
+            return super().__getattr__(name)
+        if (known := RUNNING.experts) is None:
+            return read_weight(layer)
+        key = layer, torch.is_grad_enabled()
+        if key not in known:
+            known[key] = read_weight(layer)
+        return known[key]
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Run the forward of `base`. It computes `W Q` once, also if it loops over experts and reads it for each."""
+        run = running(base.forward)
+
+        @functools.wraps(base.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            outer, RUNNING.experts = RUNNING.experts, {}
+            try:
+                output = run(self, *args, **kwargs)
+                if not torch.compiler.is_compiling():
+                    _check_writes(RUNNING.experts)
+                return output
+            finally:
+                RUNNING.experts = outer
+
+        return {"forward": forward}
+
+
+def _check_writes(known: dict[Any, Tensor]) -> None:
+    """Raise an error if a forward has written into `W Q`, because the change is lost when it ends."""
+    for (layer, _), weight in known.items():
+        if weight is not layer.hra_base and any(version > 0 for version in compat.tensor_versions([weight])):
+            raise AdapterError(
+                f"{type(layer.owner).__name__}.{layer.parameter}: the forward writes into it. It is W Q while the "
+                "model runs, so the change is lost. Write outside of the forward, or call hra_fx.fold(model)."
+            )
+
+
+def adapted_parameters(owner: nn.Module) -> list[ExpertsWeight]:
+    """The layers that represent the adapted parameters of a module."""
+    return [child for child in owner._modules.values() if isinstance(child, ExpertsWeight)]
+
+
+def attach(layer: ExpertsWeight) -> None:
+    """Make a layer a child of its owner, which then reads its parameter through this layer."""
+    swap(layer.owner, AdaptedExperts)
+    layer.owner._modules[CHILD + layer.parameter] = layer
+
+
+def detach(layer: ExpertsWeight) -> None:
+    """Undo `attach`."""
+    layer.owner._modules.pop(CHILD + layer.parameter, None)
+    if not adapted_parameters(layer.owner):
+        unswap(layer.owner, AdaptedExperts)
