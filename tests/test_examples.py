@@ -96,62 +96,37 @@ LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 PROJECT = "hra-fx/hra_fx"
 
 
-def read(name: str) -> Any:
-    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-
-
-def outputs(notebook: Any) -> list[Any]:
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-
-
-def check_outputs(notebook: Any) -> None:
-    """All cells ran, in order, without errors, progress bars and colors of a terminal."""
+def checked(notebook: Any) -> list[str]:
+    """What the cells print about equality; all ran, in order, without an error or progress bar."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    for output in outputs(notebook):
-        assert output.output_type != "error", output
-        assert "\x1b" not in str(output), output
-        assert output.output_type != "display_data", output
-
-
-def printed(notebook: Any, stream: str) -> str:
-    return "".join(output.text for output in outputs(notebook) if output.get("name") == stream)
-
-
-def claims(notebook: Any) -> list[str]:
-    """What the cells print about equality."""
-    return re.findall(r"^.*: (?:True|False)$", printed(notebook, "stdout"), re.M)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [one for one in outputs if one.output_type in ("error", "display_data") or "\x1b" in str(one)]
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    found: list[str] = re.findall(r"^.*: (?:True|False)$", printed, re.M)
+    assert found and all(claim.endswith("True") for claim in found)
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stored_notebook(name: str) -> None:
+def test_a_stored_notebook_is_small_and_needs_no_clone(name: str) -> None:
     text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
-    assert len(text) < 1_000_000
-    assert not LOCAL.findall(text)
-    notebook = read(name)
+    assert len(text) < 1_000_000 and not LOCAL.findall(text)
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
-    check_outputs(notebook)
-    assert not printed(notebook, "stderr")
-    assert claims(notebook)
-    assert not [claim for claim in claims(notebook) if claim.endswith("False")]
-    # It needs no clone.
+    checked(notebook)
     badge, install = notebook.cells[0].source, notebook.cells[1].source
     assert f"(https://colab.research.google.com/github/{PROJECT}/blob/main/notebooks/{name}.ipynb)" in badge
-    assert install.startswith("try:\n    import hra_fx\nexcept ImportError:\n    %pip install")
     assert f"git+https://github.com/{PROJECT}" in install
-    for cell in notebook.cells:
-        for link in LINK.findall(cell.source) if cell.cell_type == "markdown" else ():
-            assert link.startswith("https://"), link
-            inside = re.fullmatch(f"https://github.com/{PROJECT}/(?:blob|tree)/main/(.+)", link)
-            assert not inside or (ROOT / inside[1]).exists(), link
+    for link in (link for cell in notebook.cells if cell.cell_type == "markdown" for link in LINK.findall(cell.source)):
+        assert link.startswith("https://"), link
+        inside = re.fullmatch(f"https://github.com/{PROJECT}/(?:blob|tree)/main/(.+)", link)
+        assert not inside or (ROOT / inside[1]).exists(), link
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_in_an_empty_folder_and_says_the_same(name: str, tmp_path: Path) -> None:
-    notebook, stored = read(name), read(name)
+    notebook, stored = (nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4) for _ in range(2))
     run(notebook, tmp_path)
-    check_outputs(notebook)
-    # Other libraries may write there about the machine, and torch.onnx.export warns of torch's own code.
-    assert "Warning" not in printed(notebook, "stderr").replace("FutureWarning: `isinstance(treespec, LeafSpec)`", "")
-    assert claims(notebook) == claims(stored)
+    assert checked(notebook) == checked(stored)

@@ -6,7 +6,7 @@ import ast
 import importlib.metadata
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import moe_models
@@ -104,33 +104,6 @@ def test_private_names_of_torch_are_in_compat_alone() -> None:
 # ---- hra_fx.compat ----
 
 
-@pytest.mark.parametrize("feature", compat.NEWER)
-def test_what_needs_a_newer_release_says_so(feature: str) -> None:
-    library, release, instead = compat.NEWER[feature]
-    installed = importlib.metadata.version(library)
-    x = torch.randn(2, 3)
-
-    def use() -> object:
-        if feature == "a graph captured by torch.export":
-            config = hra_fx.HRAConfig(r=2, target_modules=["linear"])
-            return hra_fx.graphs(hra_fx.transform(Counts(), config), example_inputs=x)
-        if feature == "export_training_step":
-            model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-            return hra_fx.export_training_step(model, x, loss=torch.sum)
-        config = hra_fx.HRAConfig(r=2, target_parameters=["experts.down_proj"])
-        return hra_fx.transform(moe_models.built("mixtral"), config)
-
-    if Version(installed) >= Version(release):
-        use()
-        return
-    with pytest.raises(hra_fx.AdapterError) as caught:
-        use()
-    assert str(caught.value) == (
-        f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
-        f"pip install '{library}>={release}'. {instead}"
-    )
-
-
 class Counts(nn.Module):
     """torch.fx cannot trace it."""
 
@@ -140,3 +113,29 @@ class Counts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) if len(x.shape) == 2 else x
+
+
+def counting() -> nn.Module:
+    return hra_fx.transform(Counts(), hra_fx.HRAConfig(r=2, target_modules=["linear"]))
+
+
+X = torch.ones(2, 3)
+USES: dict[str, Callable[[], object]] = {
+    "a graph captured by torch.export": lambda: hra_fx.graphs(counting(), example_inputs=X),
+    "export_training_step": lambda: hra_fx.export_training_step(counting(), X, loss=torch.sum),
+    "`target_parameters` for the experts of a transformers model": lambda: hra_fx.transform(
+        moe_models.built("mixtral"), hra_fx.HRAConfig(r=2, target_parameters=["experts.down_proj"])
+    ),
+}
+
+
+@pytest.mark.parametrize("feature", compat.NEWER)
+def test_what_needs_a_newer_release_says_so(feature: str) -> None:
+    library, release, instead = compat.NEWER[feature]
+    installed, use = importlib.metadata.version(library), USES[feature]
+    if Version(installed) >= Version(release):
+        use()
+        return
+    text = f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(text)}pip install .*{re.escape(instead)}$"):
+        use()

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import copy
 import statistics
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learning import cli, costs, kept, page
+from learning import kept, page
 from learning.directions import lora_layers, main_inputs, protect_lora
 from learning.keeping import ALL
 from learning.methods import METHODS, layer_shapes
-from learning.rates import GRID, chosen, final_runs, lost
-from learning.records import Record, read, write
-from learning.running import Run, run_all
+from learning.rates import GRID, final_runs, lost
+from learning.records import Record, read
 from learning.summary import difference
 from learning.tasks import TASKS
 from learning.training import count, fit, moved, run
 from torch import nn
 
 TASK = "teacher-rotation"
-#: For SmolLM2, even the configuration takes ten seconds to read.
-TASK_CASES: list[Any] = [
-    pytest.param(name, marks=[pytest.mark.slow] * name.startswith("language"))
-    for name in ("teacher-rotation", "newsgroups-1600", "newsgroups-retrieval", "digits", "language", "language-4-bit")
-]
+#: The others read and embed texts, and even the configuration of SmolLM2 takes ten seconds.
+QUICK = ("teacher-rotation", "digits")
+KEEP = ("lora-protect", "lora-rehearse", "hra-pairs-protect")
+SLOW = ("newsgroups-1600", "newsgroups-retrieval", "language", "language-4-bit")
 
 
-@pytest.mark.parametrize("task", TASK_CASES)
+def slow(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("task", [*QUICK, *(slow(name) for name in SLOW)])
 def test_a_tiny_run_of_each_task(task: str) -> None:
     record, *scaled = run(task, "hra-pairs", 0, 1e-2, test=True, tiny=True)
     assert [one.method for one in scaled] == ["hra-pairs@0.75", "hra-pairs@0.5"] * task.startswith("language")
@@ -53,7 +53,9 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     assert moved is (method not in ("base", "head")), "the task has no head"
 
 
-@pytest.mark.parametrize("method", ["lora-protect", "lora-rehearse", "hra-pairs-protect", "hra-pairs-distance"])
+@pytest.mark.parametrize(
+    "method", ["hra-pairs-distance", *(pytest.param(each, marks=pytest.mark.slow) for each in KEEP)]
+)
 def test_a_method_that_keeps_what_the_model_knows(method: str) -> None:
     assert "accuracy on 0 to 4, %" in run("digits", method, 0, 1e-2, test=True, tiny=True)[0].retention
 
@@ -95,30 +97,13 @@ def test_a_recorded_run_can_be_made_again() -> None:
     assert abs(again.test - scores[0]) <= statistics.stdev(scores)
 
 
-def test_the_program_adds_what_is_missing_to_the_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "records.json"
-    made: list[Run] = []
-
-    def make(planned: Run) -> list[Record]:
-        return [record(planned.lr, planned.seed, abs(planned.lr - 3e-3), 1.0 if planned.test else None)]
-
-    run_all([Run(TASK, "lora", 0, lr, test=False) for lr in GRID], 2, file, make)
-    write([*read(file), record(3e-3, 1, 0.0, 5.0)], file)
-    assert chosen(read(file), TASK, "lora") == 3e-3
-    options = cli.options_of(["--task", TASK, "--method", "lora", "--seed", "0", "1", "--file", str(file)])
-    made += [planned for planned in cli.planned(options) if not planned.is_among(read(file))]
-    assert made == [Run(TASK, "lora", 0, 3e-3)], "the other seed was tested"
-    assert cli.main(["--task", TASK, "--file", str(file)]) == 0
-    assert "| LoRA | 4 | 64 | 0.003 | 1 | 5.00 | - |" in capsys.readouterr().out
-
-
-def record(lr: float, seed: int, validation: float, test: float | None, method: str = "lora") -> Record:
-    return Record(TASK, method, 4, seed, lr, 64, validation, test, 0, 1, moved=0.1)
+def record(lr: float, validation: float, test: float | None, method: str = "lora", moved: float = 0.1) -> Record:
+    return Record(TASK, method, 4, 0, lr, 64, validation, test, 0, 1, moved=moved)
 
 
 def test_the_lost_part_is_a_share_of_what_training_gains() -> None:
     at = dict(zip(GRID, (4.0, 2.0, 1.0, 2.0, 4.0, 8.0, 100.0), strict=True))
-    records = [record(lr, 0, score, None) for lr, score in at.items()] + [record(0.0, 0, 4.0, 4.0, "base")]
+    records = [record(lr, score, None) for lr, score in at.items()] + [record(0.0, 4.0, 4.0, "base")]
     assert [round(part, 2) for part in lost(records, TASK, "lora").values()] == [1, 0.5, 0, 0.5, 1, 1, 1]
 
 
@@ -129,20 +114,12 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.half == pytest.approx(4.303 * error), "Student's t with two degrees of freedom"
 
 
-def test_costs_are_those_of_steps_in_turns() -> None:
-    found = costs.measure(TASK, ("lora", "hra-pairs", "full"), rounds=2)
-    assert all(len(cost.seconds) == len(cost.lora) == 2 for cost in found.values())
-    assert [cost.trainable for cost in found.values()] == [2 * 4 * 128, 2 * 8 * 64, 2 * 65 * 64]
-    assert found["full"].file_mb == round(4 * 2 * 65 * 64 / 1e6, 2)
-    assert costs.costs_table().startswith("|  | parameters | time over LoRA |")
-
-
 def test_pages_have_the_tables_and_the_picture_of_the_records() -> None:
     for file, text in page.files(read()).items():
         assert file.read_text(encoding="utf-8") == text, f"{file.name}: run `make bench-learning BENCH_FLAGS=--kept`"
 
 
 def test_plain_runs_are_compared_where_the_weights_moved_as_far() -> None:
-    scales = [replace(record(1e-2, 0, 0.0, score), moved=far) for far, score in ((0.1, 100.0), (0.2, 400.0))]
+    scales = [record(1e-2, 0.0, score, moved=far) for far, score in ((0.1, 100.0), (0.2, 400.0))]
     assert kept.at_movement(scales, 0.15, "") == pytest.approx(200.0)
     assert kept.at_movement(scales, 0.25, "") == pytest.approx(800.0)

@@ -90,16 +90,6 @@ def test_the_meta_program_gives_the_base_model(tmp_path: Path, monkeypatch: pyte
     torch.testing.assert_close(names["model"].float()(ids).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_issue_for_pytorch_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    """If it fails, PyTorch has changed."""
-    document = DOCS / "upstream" / "torch_joint_gradients.md"
-    (told,) = re.findall(r"^```text\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    run_blocks(document)
-    assert capsys.readouterr().out == told
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
 def test_programs_compile_name_what_exists_and_run_unless_a_comment_says_why(document: Path) -> None:
     text = document.read_text(encoding="utf-8")

@@ -5,10 +5,8 @@ One test compares outputs, gradients and the fold of every case with dense produ
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,6 @@ import torch
 from adapting import config
 from layers.checking import assert_same, check, check_fold, dense_weights, normal, pair, run_dense
 from layers.reading_weights import TARGETS, USES, Reading
-from named_models import tiny_llama
 from refusals import refused
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
@@ -216,13 +213,3 @@ def test_a_slice_of_an_adapted_sequential_runs_its_adapted_layers() -> None:
     assert_same(first(ROWS), torch.relu(F.linear(ROWS, dense_weights(base, model)["0.weight"], base[0].bias)))
     assert_same(last(first(ROWS)), whole)
     assert first[0] is model[0] and torch.equal(model(ROWS), whole)
-
-
-@pytest.mark.parametrize("way", [hra_fx.transform, hra_fx.HRAModel])
-def test_the_class_of_a_model_of_transformers_loads_base_models(way: Callable[..., Any], tmp_path: Path) -> None:
-    plain = tiny_llama()
-    plain.save_pretrained(tmp_path)
-    model = way(copy.deepcopy(plain), config("q_proj"))
-    for loaded in (type(model).from_pretrained(tmp_path), model.from_pretrained(tmp_path)):
-        assert type(loaded) is type(plain)
-        assert all(map(torch.equal, loaded.state_dict().values(), plain.state_dict().values()))

@@ -143,9 +143,6 @@ def test_a_convolution_whose_padding_and_stride_change_later(how: str) -> None:
 
 # ---- in narrow dtypes ----
 
-narrow = pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (BF16, 6e-3)], ids=["float32", "bfloat16"])
-
-
 #: As wide as the small layers of real models: with few values, the error would depend on the rounding of one.
 LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "Linear": (partial(nn.Linear, 96, 64), (32, 96)),
@@ -155,25 +152,21 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
 }
 
 
-@narrow
+@pytest.mark.parametrize(
+    ("dtype", "bound", "scale"),
+    [(F32, 1e-5, 1.0), (BF16, 6e-3, 1.0), (torch.float16, 3e-3, 1e-6), (torch.float16, 3e-3, 1e5)],
+    ids=["float32", "bfloat16", "float16, small vectors", "float16, large vectors"],
+)
 @pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_narrow_dtypes(name: str, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
+def test_narrow_dtypes(name: str, apply_GS: bool, dtype: torch.dtype, bound: float, scale: float) -> None:
     make, shape = LAYERS[name]
     base, model = adapted(make(dtype=dtype), 3, apply_GS=apply_GS)
-    assert model[0].hra_u["default"].dtype == F32
-    compare(base, model, normal(1, *shape, dtype=dtype), bound)
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1e5])
-@pytest.mark.parametrize("layer", [nn.Linear(96, 64), nn.Conv2d(6, 4, 4)], ids=str)
-def test_float16_does_not_depend_on_the_scale_of_the_vectors(layer: nn.Module, scale: float) -> None:
-    base, model = adapted(copy.deepcopy(layer).half(), 4)
     vectors = model[0].hra_u["default"]
+    assert vectors.dtype == F32
     with torch.no_grad():
         vectors.mul_(scale)
-    x = normal(1, *((3, 96) if isinstance(layer, nn.Linear) else (3, 6, 4, 4)), dtype=torch.float16)
-    compare(base, model, x, 3e-3)
+    compare(base, model, normal(1, *shape, dtype=dtype), bound)
 
 
 # ---- the start ----

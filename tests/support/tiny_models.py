@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import layer_q
+from layers.checking import dense_weights
 from tiny import SMALL, VOCABULARY, bert, llama, t5
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -77,15 +77,9 @@ def trained_in(model: nn.Module) -> dict[str, Tensor]:
 
 def rotated(base: nn.Module, model: nn.Module, *adapters: str) -> Any:
     """A copy of the base model whose weights are `W Q_a Q_b ...`, by the dense product in float64."""
-    model_of = copy.deepcopy(base).eval()
-    layers = dict(model.named_modules())
-    for path, layer in model_of.named_modules():
-        if not hasattr(layers.get(path), "hra_u"):
-            continue
-        weight = layer.get_parameter("weight")
-        with torch.no_grad():
-            weight.copy_(weight.double() @ layer_q(layers[path], adapters or ("default",)))
-    return model_of
+    twin = copy.deepcopy(base).eval()
+    twin.load_state_dict(dense_weights(base, model, adapters or ("default",)), strict=False)
+    return twin
 
 
 def tokens_of(count: int, length: int, seed: int = 1) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +20,44 @@ from hra_fx.errors import HRAWarning, VisualizeError
 IDS = torch.arange(10).reshape(2, 5)
 
 
-def resnet() -> nn.Module:
-    return torchvision.models.resnet18(num_classes=4).eval()
-
-
-def layers_in(graph: nx.DiGraph) -> list[str]:
-    return sorted(path for _, paths in graph.nodes(data="adapted_layers") if paths for path in paths.split("\n"))
-
-
-def called(model: nn.Module) -> list[str]:
-    """The modules that torch.fx finds in a plain model."""
-    nodes = fx.symbolic_trace(model).graph.find_nodes(op="call_module")
-    return [str(node.target) for node in nodes]
-
-
 def nodes(graph: nx.DiGraph) -> list[dict[str, Any]]:
     return [data for _, data in graph.nodes(data=True)]
 
 
-def node_of(graph: nx.DiGraph, path: str) -> dict[str, Any]:
-    return next(data for data in nodes(graph) if data.get("adapted_layers") == path)
+def layers_in(graph: nx.DiGraph) -> set[str]:
+    return {path for data in nodes(graph) if "adapted_layers" in data for path in data["adapted_layers"].split("\n")}
 
 
-def test_plain_and_adapted_models_have_the_calls_that_fx_finds() -> None:
-    model = resnet()
-    plain = hra_fx.to_networkx(model)
-    assert [data["target"] for data in nodes(plain) if data["op"] == "call_module"] == called(model)
-    assert sum(data["parameters"] for data in nodes(plain)) == sum(p.numel() for p in model.parameters())
-    assert nx.is_directed_acyclic_graph(plain)
-    assert not layers_in(plain) and not any("skipped" in data for data in nodes(plain))
-    graph = hra_fx.to_networkx(adapted(resnet(), r=3, target_modules=["conv1", "fc"]))
-    assert [data["target"] for data in nodes(graph)] == [data["target"] for data in nodes(plain)]
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=4).eval()
+
+
+def test_the_nodes_are_the_calls_that_fx_finds_with_the_shapes_of_hooks() -> None:
+    plain, image, seen = resnet(), torch.randn(2, 3, 65, 49), dict[str, str]()
+    for path, part in plain.named_modules():
+        part.register_forward_hook(
+            lambda module, args, out, path=path: seen.__setitem__(path, "×".join(map(str, out.shape)))
+        )
+    plain(image)
+    calls = [str(node.target) for node in fx.symbolic_trace(resnet()).graph.find_nodes(op="call_module")]
+    base = hra_fx.to_networkx(resnet())
+    graph = hra_fx.to_networkx(adapted(resnet(), r=3, target_modules=["conv1", "fc"]), image)
+    assert sum(data["parameters"] for data in nodes(base)) == sum(p.numel() for p in plain.parameters())
+    assert not layers_in(base) and not any("skipped" in data for data in nodes(base))
+    for found in (base, graph):
+        assert nx.is_directed_acyclic_graph(found)
+        assert [data["target"] for data in nodes(found) if data["op"] == "call_module"] == calls
+    shapes = {data["target"]: data["shape"] for data in nodes(graph) if data["op"] == "call_module"}
+    assert shapes == {path: seen[path] for path in shapes}
     blocks = [f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)]
-    assert layers_in(graph) == sorted(["conv1", "fc", *blocks])
+    assert layers_in(graph) == {"conv1", "fc", *blocks}
     read = nx.parse_graphml("\n".join(nx.generate_graphml(graph, named_key_ids=True)))
     assert (dict(read.nodes(data=True)), list(read.edges)) == (dict(graph.nodes(data=True)), list(graph.edges))
-    found = node_of(graph, "layer1.0.conv1")
-    assert (found["d"], found["r"], found["adapters"], found["kind"]) == (64 * 9, 3, "default", "adapted_layer")
-    assert (found["detail"], found["module"]) == ("Conv2d 64→64 3x3", "layer1.0")
+    (data,) = (data for data in nodes(graph) if data.get("adapted_layers") == "layer1.0.conv1")
+    assert (data["d"], data["r"], data["adapters"], data["kind"]) == (64 * 9, 3, "default", "adapted_layer")
+    assert (data["detail"], data["module"], data["dtype"]) == ("Conv2d 64→64 3x3", "layer1.0", "float32")
     skipped = {data["target"] for data in nodes(graph) if "skipped" in data}
-    assert skipped == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
+    assert skipped == {path for path in calls if "conv2" in path or "downsample.0" in path}
 
 
 def test_values_are_those_of_active_adapters_or_else_of_all() -> None:
@@ -75,48 +72,28 @@ def test_values_are_those_of_active_adapters_or_else_of_all() -> None:
     assert turned_by == {"0": rows["0", "default"].rotation, "2": rows["2", "wide"].rotation}
 
 
-def test_shapes_are_those_in_forward_hooks() -> None:
-    model = adapted(resnet(), r=2, target_modules=["conv1", "fc"])
-    seen: dict[str, str] = {}
-
-    def keep(path: str) -> Callable[..., None]:
-        return lambda module, args, out: seen.__setitem__(path, "×".join(map(str, out.shape)))
-
-    plain = resnet()
-    for path, part in plain.named_modules():
-        part.register_forward_hook(keep(path))
-    image = torch.randn(2, 3, 65, 49)
-    plain(image)
-    graph = hra_fx.to_networkx(model, image)
-    shapes = {data["target"]: data["shape"] for data in nodes(graph) if data["op"] == "call_module"}
-    assert shapes == {path: seen[path] for path in shapes}
-    assert {data["dtype"] for data in nodes(graph) if data["shape"]} == {"float32"}
-
-
-def test_example_inputs_give_the_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
+@QUIET
+def test_example_inputs_give_the_whole_graph_of_a_model_that_fx_cannot_trace_and_exported_programs() -> None:
     model = adapted(llama(), r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
     graph = hra_fx.to_networkx(model, {"input_ids": IDS})
-    assert layers_in(graph) == sorted(row.path for row in hra_fx.report(model))
+    assert layers_in(graph) == {row.path for row in hra_fx.report(model)}
     assert nx.is_weakly_connected(graph)
-    path = "model.layers.1.self_attn.q_proj"
-    layer = next(data for data in nodes(graph) if path in (data["target"], data["module"]))
-    assert layer["shape"] == "2×5×32"
-
-
-@QUIET
-def test_exported_programs() -> None:
     program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
     plain = hra_fx.to_networkx(program)
     assert not layers_in(plain)
     assert nx.utils.graphs_equal(hra_fx.to_networkx(program.module()), plain)
 
 
-def test_parameters_of_shared_and_read_weights_count_once() -> None:
+def test_parameters_of_shared_and_read_weights_count_once_also_in_a_single_layer(tmp_path: Path) -> None:
     encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     for model, targets in ((Shared(), ["fc"]), (encoder, ["self_attn", "linear1"])):
         count = sum(p.numel() for p in model.parameters())
         hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets))
         assert sum(data["parameters"] for data in nodes(hra_fx.to_networkx(model))) == count
+    for model in (nn.Linear(3, 4), nn.Identity()):
+        (data,) = nodes(hra_fx.to_networkx(model))
+        assert (data["name"], data["parameters"]) == (type(model).__name__, sum(p.numel() for p in model.parameters()))
+        assert type(model).__name__ in hra_fx.visualize(model, tmp_path / "a.svg").read_text(encoding="utf-8")
 
 
 def test_errors() -> None:
@@ -152,15 +129,6 @@ def test_a_merged_adapter_is_shown_as_active_and_a_disabled_one_is_not(tmp_path:
         assert picture().count(">no active adapter<") == 2
     hra_fx.merge_adapter(model, ["default"])
     assert picture() == before
-
-
-@pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Identity(), nn.Sequential(nn.ReLU())])
-def test_a_single_layer_or_a_model_without_parameters_is_one_box(model: nn.Module, tmp_path: Path) -> None:
-    (data,) = dict(hra_fx.to_networkx(model).nodes(data=True)).values()
-    assert (data["name"], data["parameters"]) == (type(model).__name__, sum(p.numel() for p in model.parameters()))
-    for ending in ("svg", "html"):
-        file = hra_fx.visualize(model, tmp_path / f"a.{ending}")
-        assert type(model).__name__ in file.read_text(encoding="utf-8")
 
 
 def test_a_single_adapted_layer_and_inputs_of_a_wrong_shape_say_what_to_do(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ class Entry:
             model accepts. Seeded by the caller too. Floating inputs are float32.
         sizes: how many sizes the model accepts: 1 for one whose input size is fixed.
         batches: the batch sizes to try; the second is the other one.
-        trains: whether train mode takes the same inputs (detection models want targets there).
         double: whether to try float64; a model that is slow in it says no.
         parameters: ends of the names of 3-D parameters of experts that are adapted too.
     """
@@ -33,6 +32,5 @@ class Entry:
     call: Callable[[int, int], Call]
     sizes: int = 2
     batches: tuple[int, int] = (2, 3)
-    trains: bool = True
     double: bool = True
     parameters: tuple[str, ...] = ()

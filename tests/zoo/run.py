@@ -37,8 +37,6 @@ from zoo.result import Result, summary
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
 RECORDS = ROOT / "docs" / "zoo.json"
-
-
 CONTEXT = mp.get_context("forkserver")
 #: What the process imports from which all models' processes are forked.
 PRELOADED = ["diffusers", "timm", "torch.export", "torchvision", "transformers", "zoo.checks", "hra_fx.api.transform"]
@@ -75,7 +73,7 @@ def checked(name: str, timeout: float) -> Result:
 def code_version() -> str:
     """A hash of all that a result rests on."""
     digest = hashlib.sha256()
-    for folder in ("hra_fx", "passes", "tests/zoo"):
+    for folder in ("hra_fx", "passes", "tests/zoo", "tests/layers", "tests/support"):
         for file in sorted((ROOT / folder).rglob("*")):
             if file.suffix in (".py", ".tsv"):
                 digest.update(file.read_bytes())

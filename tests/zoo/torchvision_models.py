@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
@@ -24,14 +25,6 @@ def _resnet(block: Any, layers: list[int], *rest: Any, **kwargs: Any) -> tuple[t
     return (block, layers if sum(layers) <= 8 else [1, 2, 1, 1], *rest), kwargs
 
 
-def _vit(**kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (), kwargs | {"num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 96}
-
-
-def _swin(**kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (), kwargs | {"depths": [2, 2, 2, 2], "embed_dim": kwargs["embed_dim"] // 3, "num_heads": [1, 2, 4, 8]}
-
-
 def _regnet(params: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     params.group_widths = [min(width, 16) for width in params.group_widths]
     params.widths = [width * (2 + i) for i, width in enumerate(params.group_widths)]
@@ -39,46 +32,32 @@ def _regnet(params: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], di
     return (params, *rest), kwargs
 
 
-def _convnext(settings: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _few_blocks(settings: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of ConvNeXt, also narrow ones."""
     for setting in settings:
         setting.num_layers = min(setting.num_layers, 2)
-        setting.input_channels //= 2
-        setting.out_channels = setting.out_channels and setting.out_channels // 2
+        if hasattr(setting, "input_channels") and not hasattr(setting, "kernel"):
+            setting.input_channels //= 2
+            setting.out_channels = setting.out_channels and setting.out_channels // 2
     return (settings, *rest), kwargs
-
-
-def _efficientnet(settings: Any, *rest: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    for setting in settings:
-        setting.num_layers = min(setting.num_layers, 2)
-    return (settings, *rest), kwargs
-
-
-def _maxvit(**kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (), kwargs | {"partition_size": 2, "block_layers": [1, 1, 2, 1]}
 
 
 #: (file below torchvision.models, helper that builders call) -> its arguments, made smaller.
 _SMALLER: dict[tuple[str, str], Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]] = {
     ("resnet", "_resnet"): _resnet,
-    ("vision_transformer", "_vision_transformer"): _vit,
-    ("swin_transformer", "_swin_transformer"): _swin,
+    ("vision_transformer", "_vision_transformer"): lambda **kwargs: (
+        (),
+        kwargs | {"num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 96},
+    ),
+    ("swin_transformer", "_swin_transformer"): lambda **kwargs: (
+        (),
+        kwargs | {"depths": [2, 2, 2, 2], "embed_dim": kwargs["embed_dim"] // 3, "num_heads": [1, 2, 4, 8]},
+    ),
     ("regnet", "_regnet"): _regnet,
-    ("convnext", "_convnext"): _convnext,
-    ("efficientnet", "_efficientnet"): _efficientnet,
-    ("maxvit", "_maxvit"): _maxvit,
+    ("convnext", "_convnext"): _few_blocks,
+    ("efficientnet", "_efficientnet"): _few_blocks,
+    ("maxvit", "_maxvit"): lambda **kwargs: ((), kwargs | {"partition_size": 2, "block_layers": [1, 1, 2, 1]}),
 }
-
-
-@contextmanager
-def _smaller() -> Iterator[None]:
-    """Builders make smaller models meanwhile."""
-    with ExitStack() as undo:
-        for (file, name), change in _SMALLER.items():
-            module = importlib.import_module(f"torchvision.models.{file}")
-            helper = getattr(module, name)
-            undo.callback(setattr, module, name, helper)
-            setattr(module, name, _changed(helper, change))
-        yield
 
 
 def _changed(helper: Callable[..., nn.Module], change: Callable[..., Any]) -> Callable[..., nn.Module]:
@@ -87,6 +66,16 @@ def _changed(helper: Callable[..., nn.Module], change: Callable[..., Any]) -> Ca
         return helper(*args, **kwargs)
 
     return changed
+
+
+@contextmanager
+def _smaller() -> Iterator[None]:
+    """Builders make smaller models meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for (file, name), change in _SMALLER.items():
+            module = importlib.import_module(f"torchvision.models.{file}")
+            patch.setattr(module, name, _changed(getattr(module, name), change))
+        yield
 
 
 #: Beginning of a model's name -> arguments of its builder, and the sides of its images; the longest one counts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ CLASSES = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
 
 
 @pairs
-def test_it_is_its_class_with_its_name_attributes_and_signature(kind: str, shape: str) -> None:
-    base = BASES[kind]()
+def test_it_is_its_class_with_its_name_attributes_and_signature(kind: str, shape: str, tmp_path: Path) -> None:
+    base, plain = BASES[kind](), BASES[kind]()
+    base.save_pretrained(tmp_path)
     embeddings, head, settings = base.get_input_embeddings(), base.get_output_embeddings(), base.config
     model = adapted(kind, shape, base=base)
     assert isinstance(model, CLASSES[kind])
@@ -39,8 +41,11 @@ def test_it_is_its_class_with_its_name_attributes_and_signature(kind: str, shape
     assert model.main_input_name == "input_ids"
     assert model.can_generate() is (kind == "llama")
     # The Trainer reads the names of arguments.
-    assert inspect.signature(model.forward) == inspect.signature(BASES[kind]().forward)
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     assert find_labels(type(model)) == find_labels(CLASSES[kind]) == ["labels"]
+    for loaded in (type(model).from_pretrained(tmp_path), model.from_pretrained(tmp_path)):
+        assert type(loaded) is type(plain)
+        assert all(map(torch.equal, loaded.state_dict().values(), plain.state_dict().values()))
 
 
 PROMPT = tokens_of(2, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,6 @@ def test_a_trained_copy_is_not_folded_if_the_forward_asks_for_the_tie() -> None:
 
 @kinds
 def test_embeddings_without_an_adapter_are_resized(kind: str) -> None:
-    if kind == "bert_to_bert":
-        return  # transformers does not resize it
     made = case(kind)
     model = transformed(made, made.inside)
     wanted = logits(model)
@@ -94,22 +93,17 @@ def test_embeddings_without_an_adapter_are_resized(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "path"),
+    ("make", "kind", "targets", "fields", "path"),
     [
-        ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, r"model\.embed_tokens"),
-        ("bert", {"bias": "all"}, r"cls\.predictions\.decoder"),
+        (case, "llama", ["q_proj"], {"modules_to_save": ["embed_tokens", "lm_head"]}, r"model\.embed_tokens"),
+        (case, "bert", ["query"], {"bias": "all"}, r"cls\.predictions\.decoder"),
+        (untied, "llama", ["lm_head"], {}, "lm_head"),
     ],
+    ids=["trained copies", "a trained bias", "an adapted head"],
 )
-def test_trained_copies_are_not_resized(kind: str, fields: dict[str, Any], path: str) -> None:
-    made = case(kind)
-    model = transformed(made, made.inside, **fields)
+def test_what_an_adapter_rotates_or_trains_is_not_resized(
+    make: Callable[[str], Case], kind: str, targets: list[str], fields: dict[str, Any], path: str
+) -> None:
+    model = transformed(make(kind), *targets, **fields)
     with refuses(model, rf"^{path}: an adapter rotates it or has a trained copy of it, and resize_token_embeddings "):
-        model.resize_token_embeddings(VOCABULARY + 8)
-
-
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_an_adapted_head_is_not_resized(kind: str) -> None:
-    made = untied(kind)
-    model = transformed(made, made.head)
-    with refuses(model, rf"^{made.head}: an adapter rotates it or has a trained copy of it, and resize_token_"):
         model.resize_token_embeddings(VOCABULARY + 8)

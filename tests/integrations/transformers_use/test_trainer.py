@@ -113,12 +113,12 @@ def test_it_trains_and_resumes_after_from_peft(protected: bool, tmp_path: Path) 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     """The best is the first here, where the largest loss is asked for."""
     kind, model = "bert", adapted("bert", "transform")
-    every = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10}
+    every = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
     largest = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    training = trainer_of(Trainer, kind, model, tmp_path, max_steps=40, learning_rate=3e-2, **every, **largest)
+    training = trainer_of(Trainer, kind, model, tmp_path, max_steps=20, learning_rate=3e-2, **every, **largest)
     training.train()
     best = Path(str(training.state.best_model_checkpoint))
-    assert best.name != "checkpoint-40"
+    assert best.name != "checkpoint-20"
     assert training.evaluate()["eval_loss"] == training.state.best_metric
     wanted = hra_fx.load_adapter(BASES[kind](), best, is_trainable=True)
     for name, value in trained_in(wanted).items():

@@ -36,14 +36,6 @@ def bert() -> Case:
     return Case(model, "cls.predictions.decoder", "bert.embeddings.word_embeddings", "query")
 
 
-def bert_to_bert() -> Case:
-    parts = bert().model.config, bert().model.config
-    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
-    config.decoder_start_token_id, config.pad_token_id = 0, 2
-    inside = "decoder.bert.embeddings.word_embeddings"
-    return Case(transformers.EncoderDecoderModel(config), "decoder.cls.predictions.decoder", inside, "query")
-
-
 def llava() -> Case:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlavaConfig(
@@ -61,7 +53,7 @@ def switch() -> Case:
     return Case(tiny.t5("SwitchTransformersForConditionalGeneration", **more), "lm_head", "shared", "q")
 
 
-CASES = {"llama": llama, "t5": t5, "bert": bert, "bert_to_bert": bert_to_bert, "llava": llava}
+CASES = {"llama": llama, "t5": t5, "bert": bert, "llava": llava}
 
 
 def case(kind: str) -> Case:
