@@ -22,6 +22,7 @@ from hra_fx.checkpoint.model_folder import CONFIG, IN_MEMORY, WEIGHTS, Source, l
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.model.state import adapted_layers
+from hra_fx.model.switch import set_adapter
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
 
@@ -139,7 +140,8 @@ def _write_folded(base: Path, adapters: Sequence[Source], target: Path, *, trust
     before = _configuration(model)
     names = load_adapters(model, adapters)
     paths = (*adapted_layers(model),)
-    fold(model, names)
+    set_adapter(model, names)
+    fold(model)
     saved = target / "saved"
     saved.mkdir()
     if generation := getattr(model, "generation_config", None):

@@ -21,8 +21,9 @@ from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import copies_of
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import add_filled_adapter, checked, set_up
-from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, load_vectors, root_of
+from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
+from hra_fx.model.whole import check_whole
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,7 +81,7 @@ def load_adapter(
         )
         root, state = (model, None) if plain else root_of(model)
         if state is not None:
-            load_vectors(root)
+            check_whole(root, "load an adapter")
         folder = find(directory, subfolder, **hub)
         is_new = state is None or adapter_name not in state.configs
         fitted = fit(folder, root, config, is_new=is_new, is_trainable=is_trainable)

@@ -27,9 +27,10 @@ from hra_fx.model import merge, switch, trainable
 from hra_fx.model.inject import delete_adapter, remove_adapters
 from hra_fx.model.merge import merge_adapter
 from hra_fx.model.setup import add_adapter
-from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
+from hra_fx.model.state import AdapterState, collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import check_scale, disable_adapters, set_adapter, set_scale
 from hra_fx.model.trainable import set_requires_grad
+from hra_fx.model.whole import check_whole
 from hra_fx.removed import removed_method
 from hra_fx.selection.origin import DEFAULT_TARGETS
 
@@ -238,9 +239,9 @@ class HRAModel(SwapMixin):
             The model, now the base model again.
         """
         state = self._record
+        check_whole(self, "remove its adapters", "modules")
         if state.merged:
             merge.unmerge_adapter(self)
-        check_no_foreign_class(self.named_modules())
         remove_adapters(self, state, tuple(state.configs))
         return self
 

@@ -46,7 +46,8 @@ from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.peft_view import adapted_view
-from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
+from hra_fx.model.whole import check_whole
 from hra_fx.selection.select import resolve_targets, targeted
 from hra_fx.version import VERSION
 
@@ -204,7 +205,7 @@ def get_peft_model_state_dict(
 
 def _state_of(root: nn.Module) -> dict[str, Tensor]:
     """The state of a model. Vectors that accelerate offloads are loaded first, because they are on the meta device."""
-    load_vectors(root)
+    check_whole(root, "save its adapters")
     return root.state_dict()
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import has_own_hooks, loaded_class
-from hra_fx.layers.target import REFLECTION, SAVED, full_shape
 
 T = TypeVar("T")
 #: Why a layer cannot be adapted after its weight was split, or split after it was adapted; without the final period.
@@ -38,22 +37,6 @@ def is_sharded(model: nn.Module) -> bool:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     return any(sharded_by(module) for module in model.modules())
-
-
-def first_split(model: nn.Module) -> tuple[str, str] | None:
-    """Path of the first module whose parameters a tool splits, and the tool; `None` if there is none."""
-    for path, module in model.named_modules():
-        if tool := sharded_by(module) or ("DeepSpeed" if _is_split(module) else None):
-            return path or "the model", tool
-    return None
-
-
-def _is_split(module: nn.Module) -> bool:
-    """Whether DeepSpeed has split a module with adapters or copies."""
-    if REFLECTION not in module._modules and SAVED not in module._modules:
-        return False
-    held = [parameter for parameter in module._parameters.values() if parameter is not None]
-    return any(full_shape(parameter) != parameter.shape for parameter in held)
 
 
 def is_partitioned_by_zero3(tensor: Tensor) -> bool:
@@ -141,14 +124,6 @@ def distribute_like(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values, shards.device_mesh, shards.placements, src_data_rank=None)
 
 
-def as_dtensor(local: Tensor, mesh: Any, placements: Any, shape: Any) -> Any:
-    """Create a contiguous `DTensor` of this shape from the parts of all processes, which may differ in size."""
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
-
-
 @contextmanager
 def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Context manager in which modules, but not their children, have full tensors instead of shards.
@@ -171,52 +146,17 @@ def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], T]) -> T:
 
     Without shards, every caller calls `act`. All processes get the result, or the error, of the first process.
     """
-    mesh = _mesh_of(tensors)
+    mesh: Any = next((tensor.device_mesh for tensor in tensors if is_dtensor(tensor)), None)  # type: ignore[attr-defined]
     if mesh is None:
         return act()
-    result: Any = None
-    error: Exception | None = None
+    told: list[Any] = [None, None]
     if not any(mesh.get_coordinate()):
         try:
-            result = act()
-        except Exception as raised:
-            error = raised
-    result, error = _from_first_rank((result, error), mesh)
-    if error is not None:
-        raise error
-    return cast(T, result)
-
-
-@contextmanager
-def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Context manager in which all processes with shards of these tensors draw the same CPU random numbers.
-
-    The state of the first process's generator advances, as do the generators that were in the same state. Other
-    generators are restored afterwards. Without shards, this does nothing.
-    """
-    tensors = list(tensors)
-    if _mesh_of(tensors) is None:
-        yield
-        return
-    own, first = torch.get_rng_state(), on_first_rank(tensors, torch.get_rng_state)
-    torch.set_rng_state(first)
-    try:
-        yield
-    finally:
-        if not torch.equal(own, first):
-            torch.set_rng_state(own)
-
-
-def _mesh_of(tensors: Iterable[Tensor]) -> Any:
-    """The mesh of the processes that have shards of these tensors; `None` without shards."""
-    return next((tensor.device_mesh for tensor in tensors if is_dtensor(tensor)), None)  # type: ignore[attr-defined]
-
-
-def _from_first_rank(value: Any, mesh: Any) -> Any:
-    """Broadcast a value from the first process of a mesh."""
-    from torch import distributed
-
-    values = [value]
+            told[0] = act()
+        except Exception as error:
+            told[1] = error
     for group in mesh.get_all_groups():  # one for each dimension: first down the first column, then along all rows
-        distributed.broadcast_object_list(values, distributed.get_global_rank(group, 0), group)
-    return values[0]
+        torch.distributed.broadcast_object_list(told, torch.distributed.get_global_rank(group, 0), group)
+    if told[1] is not None:
+        raise told[1]
+    return cast(T, told[0])

@@ -20,14 +20,15 @@ from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_weight import is_transposed, parameter_of
 from hra_fx.layers.quantized import quant_scheme_of
-from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
+from hra_fx.layers.sharding import full_tensor, gathered
 from hra_fx.layers.target import ADAPTER_CHILDREN, weight_place
 from hra_fx.layers.trained_copies import copies_of
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names, check_rank
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.merge import base_weight
-from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, load_vectors, names_in, root_of, unwrap
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of, unwrap
 from hra_fx.model.trainable import check_copies
+from hra_fx.model.whole import check_whole
 
 #: HRA's `bias` -> LoRA's `bias`, from the fewest to the most biases.
 _BIASES = {"none": "none", "hra_only": "lora_only", "all": "all"}
@@ -69,13 +70,7 @@ def lora_adapter(
 
 def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with at least one of the adapters, by path. LoRA must support all of them."""
-    load_vectors(root)
-    if (sharded := first_split(root)) and sharded[1] != "fully_shard":
-        raise AdapterError(
-            f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
-            "(hra_fx.save_adapter) and convert the files (hra-fx convert --to lora)."
-        )
-    reshard(root.modules())
+    check_whole(root, "convert its adapters to LoRA", "weights")
     check_copies(root, collect_parts(root), names)
     paths = {path for name in names for path in layers_with(root, state, name)}
     layers = {path: layer for path, layer in adapted_layers(root).items() if path in paths}

@@ -13,10 +13,10 @@ from torch import nn
 from hra_fx.errors import FoldError, HRAWarning
 from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.inject import remove_adapters
-from hra_fx.model.merge import check_layers, folded_weight, resolve_merge_order, unmerge_adapter
-from hra_fx.model.state import AdapterState, adapted_layers, check_no_foreign_class, collect_parts, root_of
+from hra_fx.model.merge import check_layers, first_in_product, folded_weight, unmerge_adapter
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, root_of
 from hra_fx.model.tied import TIE_SETTING, reads_tie_setting, separate, settings_to_turn_off
-from hra_fx.model.trainable import check_copies, sync_layers
+from hra_fx.model.trainable import sync_layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class FoldJob:
         The folded adapters of a layer are removed as soon as its weight is written. So if memory runs out, the model
         still computes the same outputs, and another fold finishes the work.
         """
-        check_no_foreign_class(self.model.named_modules())
         state, layers = self.state, adapted_layers(self.model)
         with torch.inference_mode(False), torch.no_grad():
             if state.merged:
@@ -72,8 +71,7 @@ class FoldJob:
 def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None) -> FoldJob:
     """Check that adapters can be folded, without changing anything; raises the errors of `fold`."""
     root, state = root_of(model)
-    names = resolve_merge_order(state, adapter_names)
-    check_copies(root, collect_parts(root), names)
+    names = first_in_product(state, adapter_names)
     present = check_layers(root, adapted_layers(root), names)
     for (path, _), tensor in (item for name in names for item in copies_of(root, name).items()):
         if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):

@@ -1,19 +1,19 @@
-"""Add adapters to the layers of a model, where each step can be undone, and remove them: `delete_adapter`."""
+"""Add adapters to the layers of a model, and remove them: `delete_adapter`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
 
-from hra_fx.compat import state_paths
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
+from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
+from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
 from hra_fx.layers.classes import adapters_for, layer_class_for
@@ -27,17 +27,16 @@ from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import (
     AdapterState,
     adapted_layers,
-    check_no_foreign_class,
+    check_unmerged,
     clear_state,
     collect_parts,
     is_adapted,
     names_in,
-    offloaded_copy,
     root_of,
 )
 from hra_fx.model.trainable import activate, sync_layers, unfreeze
+from hra_fx.model.whole import check_whole
 from hra_fx.passes.fold import erase
-from hra_fx.selection.check import select_checked
 
 #: Adds one adapter to a layer: (path, layer, the adapters of the layer).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
@@ -45,44 +44,41 @@ AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None
 
 @contextmanager
 def all_or_nothing() -> Iterator[ExitStack]:
-    """Context manager with a stack of undo steps, which run if the block raises an error.
-
-    Inference mode is off in the block, because vectors created in inference mode could never be trained.
-    """
+    """Context manager with a stack of undo steps, which run if the block raises an error. Inference mode is off."""
     with torch.inference_mode(False), ExitStack() as undo:
         yield undo
         undo.pop_all()
 
 
-def inject_adapter(
-    model: nn.Module,
-    name: str,
-    config: HRAConfig,
-    fill: AdapterFactory,
-    undo: ExitStack,
-    layers: dict[str, nn.Module] | None,
-) -> dict[str, nn.Module]:
-    """Add adapter `name` to every layer that `config` selects. The adapter is not active.
+@contextmanager
+def removed_on_error(model: nn.Module, state: AdapterState, name: str, config: HRAConfig) -> Iterator[None]:
+    """Context manager that adds an adapter to the state. If the block raises an error, the adapter is removed.
 
-    `layers` is the result of `select_checked`, if the caller has it.
+    Inference mode is off in the block, because vectors created in inference mode could never be trained.
     """
-    every = dict(model.named_modules(remove_duplicate=False))
-    layers = select_checked(model, config, dict(state_paths(every.items()))) if layers is None else layers
+    state.configs[name] = config
+    try:
+        with torch.inference_mode(False):
+            yield
+    except BaseException:
+        _make_plain(model, state, _remove(model, state, (name,)))
+        raise
+
+
+def inject_adapter(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], fill: AdapterFactory) -> None:
+    """Add an adapter to these layers of all `modules`, with the vectors from `fill`. The adapter is not active.
+
+    After an error, some of the layers may have it.
+    """
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
-    if new or config.modules_to_save or config.bias != "none":
-        check_no_foreign_class(every.items())
     for path, layer in layers.items():
         if path in new:
-            _attach(path, layer, undo)
+            _attach(path, layer)
         adapters: Any = layer._modules[REFLECTION]
         keep_loaded(adapters)  # accelerate's hook would look for the new vectors among the offloaded tensors
-        undo.callback(adapters.remove, name)
         fill(path, layer, adapters)
     if new:
-        _mark_readers(every, new, undo)
-    if new and isinstance(model, fx.GraphModule):
-        rewrite(model, undo)
-    return layers
+        _mark_readers(modules, new)
 
 
 def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactory:
@@ -102,23 +98,21 @@ def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactor
     return fill
 
 
-def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
+def _attach(path: str, layer: nn.Module) -> None:
     adapters = adapters_for(layer)
     adapters.layer_path = path
     adapters.train(layer.training)
-    undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, adapters)
     try:
-        undo.callback(unswap, layer, layer_class_for(layer))
         swap(layer, layer_class_for(layer))
         if isinstance(layer, ExpertsWeight):
             attach(layer)
-            undo.callback(detach, layer)
     except UnsupportedLayerError as error:
+        del layer._modules[REFLECTION]
         raise UnsupportedLayerError(f"{path}: {error}") from error
 
 
-def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], undo: ExitStack) -> None:
+def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
     """Find the modules that read or write weights of adapted layers in their code."""
     new = set(layers.values())
     # All paths of the new layers, also of shared ones, with the names that checkpoint wrappers insert.
@@ -135,7 +129,7 @@ def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Modu
                 f"{path} ({type(layer).__name__}): {written}. Leave it out with exclude_modules."
             )
         adapters.needs_parameter = needs_parameter(names, classes)
-    mark_readers(owners, undo)
+    mark_readers(owners, ExitStack())
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -145,8 +139,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     adapter becomes active (as in PEFT).
 
     Raises:
-        AdapterError: the model has no such adapter, adapters are merged, another tool replaced a class, or accelerate
-            offloads trained copies.
+        AdapterError: the model has no such adapter, adapters are merged, the model is sharded, another tool replaced a
+            class, or accelerate offloads trained copies.
 
     Warns:
         HRAWarning: another adapter becomes active.
@@ -160,11 +154,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """
     root, state = root_of(model)
     (name,) = names_in(state, adapter_name)
-    if state.merged:
-        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
-    check_no_foreign_class(root.named_modules())
-    if reason := offloaded_copy(root):
-        raise AdapterError(reason)
+    check_unmerged(state)
+    check_whole(root, "remove its adapters", "modules")
     was_active = name in state.active
     remove_adapters(root, state, (name,))
     following = next(iter(state.configs), None) if was_active and not state.active else None
@@ -179,9 +170,20 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Remove adapters. A layer or model without adapters becomes a plain one.
 
-    First check with `check_no_foreign_class` that no other tool replaced a class. Then this function cannot fail.
+    First check with `check_whole` that modules can be removed. Then this function cannot fail.
     """
-    for layer in adapted_layers(root).values():
+    plain = _remove(root, state, names)
+    if plain and isinstance(root, fx.GraphModule):
+        erase(root)
+    _make_plain(root, state, plain)
+    if plain and state.configs and isinstance(root, fx.GraphModule):
+        rewrite(root, ExitStack())
+
+
+def _remove(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> list[AdaptedLayer]:
+    """Remove the tensors of adapters. Returns the layers without other adapters."""
+    layers = adapted_layers(root).values()
+    for layer in layers:
         for name in names:
             layer.hra_u.remove(name)
     for owner, copies in all_copies(root).values():
@@ -192,10 +194,12 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
     for name in names:
         del state.configs[name]
     state.active = tuple(name for name in state.active if name not in names)
-    plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]
-    if plain and isinstance(root, fx.GraphModule):
-        erase(root)
-    for layer in plain:
+    return [layer for layer in layers if not layer.hra_u.specs]
+
+
+def _make_plain(root: nn.Module, state: AdapterState, layers: Iterable[AdaptedLayer]) -> None:
+    """Restore the classes of layers without adapters; if there are no adapters, those of all modules, and all flags."""
+    for layer in layers:
         unswap(layer, layer_class_for(layer))
         del layer._modules[REFLECTION]
         if isinstance(layer, ExpertsWeight):
@@ -206,5 +210,3 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
                 set_class(part, original_class(part))
         unfreeze(root, state.frozen)
         clear_state(root)
-    elif plain and isinstance(root, fx.GraphModule):
-        rewrite(root, ExitStack())  # the undo steps are not needed

@@ -11,22 +11,13 @@ from torch import Tensor, nn
 from hra_fx.compat import state_modules
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight, rows_to_weight
-from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized import quant_scheme_of
-from hra_fx.layers.sharding import distribute_like, first_split, reshard
+from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.layers.target import weight_entry, weight_place
-from hra_fx.model.inject import all_or_nothing
-from hra_fx.model.state import (
-    AdapterState,
-    adapted_layers,
-    check_no_foreign_class,
-    collect_parts,
-    load_vectors,
-    names_in,
-    root_of,
-)
-from hra_fx.model.trainable import check_copies, sync_layers
+from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, names_in, root_of
+from hra_fx.model.trainable import sync_layers
+from hra_fx.model.whole import check_whole
 from hra_fx.selection.tied import how_to_untie, tied_to
 
 
@@ -40,17 +31,13 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
 
     Args:
         model: a transformed model.
-        adapter_names: the active adapters to merge, which must be the first ones in the product; `None` for all. An
-            adapter that is not active becomes active, before the other adapters.
+        adapter_names: the active adapters to merge, which must be the first ones in the product; `None` for all.
 
     Raises:
-        AdapterError: the model has no such adapter, no adapter is active, other adapters are already merged, or an
-            adapter that is not merged comes earlier in the product.
+        AdapterError: the model has no such adapter, no adapter is active, adapters are already merged, or another
+            adapter comes earlier in the product; or the model is sharded or offloaded.
         FoldError: a weight cannot be folded (see `fold`), for example a quantized one. After any error the model is
             unchanged.
-
-    Warns:
-        HRAWarning: the adapters are already merged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -62,14 +49,22 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
         True
     """
     root, state = root_of(model)
-    wanted = state.active if adapter_names is None else names_in(state, adapter_names)
-    if state.merged and set(state.merged) >= set(wanted):
-        text = f"adapters {list(state.merged)} are already merged; merge_adapter does nothing."
-        warnings.warn(text, HRAWarning, stacklevel=2)
-        return
-    if state.merged:
-        raise AdapterError(f"adapters {list(state.merged)} are already merged. Call unmerge_adapter first.")
-    merge(root, state, resolve_merge_order(state, wanted))
+    check_unmerged(state)
+    names = first_in_product(state, adapter_names)
+    layers = adapted_layers(root)
+    present = check_layers(root, layers, names)
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            for path, here in present.items():
+                layer = layers[path]
+                weight = folded_weight(layer, here)
+                layer.hra_u.unmerged = layer.hra_base.detach().clone()
+                layer.hra_base.copy_(weight)
+        except BaseException:
+            _restore(layers.values())
+            raise
+    state.merged = names
+    sync_layers(collect_parts(root), state)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -86,32 +81,13 @@ def unmerge_adapter(model: nn.Module) -> None:
         warnings.warn("no adapter is merged; unmerge_adapter does nothing.", HRAWarning, stacklevel=2)
         return
     reshard(model.modules())
-    for layer in adapted_layers(root).values():
-        _restore(layer)
+    _restore(adapted_layers(root).values())
     state.merged = ()
     sync_layers(collect_parts(root), state)
 
 
-def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
-    """Merge adapters in the resolved order. Every layer is checked before the first weight is written."""
-    layers = adapted_layers(root)
-    check_copies(root, collect_parts(root), dict.fromkeys((*names, *state.active)))
-    present = check_layers(root, layers, names)
-    with all_or_nothing() as undo, torch.no_grad():
-        for path, here in present.items():
-            layer = layers[path]
-            weight = folded_weight(layer, here)
-            layer.hra_u.unmerged = layer.hra_base.detach().clone()
-            undo.callback(_restore, layer)
-            layer.hra_base.copy_(weight)
-        others = tuple(name for name in state.active if name not in names)
-        undo.callback(setattr, state, "active", state.active)
-        state.active, state.merged = names + others, names
-        sync_layers(collect_parts(root), state)
-
-
-def resolve_merge_order(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The adapters to fold into the weights, in the order of the product; `None` means all active ones."""
+def first_in_product(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The active adapters to fold into the weights, in the order of the product; `None` means all of them."""
     if state.disabled:
         raise AdapterError(
             "adapters are disabled. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers()."
@@ -119,20 +95,20 @@ def resolve_merge_order(state: AdapterState, adapter_names: str | Iterable[str] 
     names = state.active if adapter_names is None else names_in(state, adapter_names)
     if not names:
         raise AdapterError("no adapter is active. Name one, or call hra_fx.set_adapter first.")
-    inside = tuple(name for name in state.active if name in names)
-    if inside != state.active[: len(inside)] or inside != tuple(name for name in names if name in inside):
+    if names != state.active[: len(names)]:
         raise AdapterError(
-            f"adapters {list(names)} cannot be folded first: the model computes W Q in the order {list(state.active)}."
-            " Fold the first ones of that order, or set another order with hra_fx.set_adapter."
+            f"adapters {list(names)} cannot be folded first: the active adapters are {list(state.active)}, in the "
+            "order of the product. Fold the first ones of that order, or set other adapters with hra_fx.set_adapter."
         )
     return names
 
 
 @torch.no_grad()
-def _restore(layer: AdaptedLayer) -> None:
-    if layer.hra_u.unmerged is not None:
-        layer.hra_base.copy_(distribute_like(layer.hra_u.unmerged, layer.hra_base))
-        layer.hra_u.unmerged = None
+def _restore(layers: Iterable[AdaptedLayer]) -> None:
+    for layer in layers:
+        if layer.hra_u.unmerged is not None:
+            layer.hra_base.copy_(distribute_like(layer.hra_u.unmerged, layer.hra_base))
+            layer.hra_u.unmerged = None
 
 
 def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> Tensor:
@@ -160,7 +136,7 @@ def check_layers(
     """Check every layer whose weight is written. Returns its adapters in the order of the product, for each path."""
     present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in layers.items()}
     written = {path: here for path, here in present.items() if here}
-    check_whole(root)
+    check_whole(root, "fold or merge its adapters", "writing")
     check_not_tied(root, {path: layers[path] for path in written})
     for path, here in written.items():
         _check_layer(path, layers[path], here)
@@ -205,27 +181,6 @@ def _fits_dtype(rows: Tensor) -> bool:
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     return bool((lengths < torch.finfo(rows.dtype).max).all())
-
-
-def check_whole(model: nn.Module) -> None:
-    """Check that this process has every weight as a whole, and that no other tool replaced a class."""
-    try:
-        load_vectors(model)
-        if sharded := first_split(model):
-            raise FoldError(
-                f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the "
-                "adapter (hra_fx.save_adapter, in every process) and fold it into an unsharded model or into the "
-                "checkpoint (hra_fx.fold_checkpoint)."
-            )
-        check_no_foreign_class(model.named_modules())
-        for path, layer in adapted_layers(model).items():
-            if offloading_hook(weight_place(layer)[0]) is not None:
-                raise FoldError(
-                    f"{path}: accelerate offloads its weight, which cannot be written then. Load the model without "
-                    "offloading, or fold the adapter into the checkpoint (hra_fx.fold_checkpoint)."
-                )
-    except AdapterError as error:
-        raise FoldError(str(error)) from error
 
 
 def check_not_tied(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:

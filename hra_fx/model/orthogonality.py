@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx.functional import householder
-from hra_fx.layers.sharding import full_tensor, reshard
-from hra_fx.model.state import load_vectors, require_adapted_layers
+from hra_fx.layers.sharding import full_tensor
+from hra_fx.model.state import require_adapted_layers
+from hra_fx.model.whole import check_whole
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:
@@ -47,9 +48,8 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         0.8485
     """
     layers = require_adapted_layers(model)
-    load_vectors(model)
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
-    reshard(model.modules())
+    check_whole(model, "compute a loss of its vectors")
     active = [
         adapters.part(name, full_tensor(adapters[name]))
         for adapters in (layer.hra_u for layer in layers.values())

@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import (
-    device_of_values,
-    distribute_like,
-    is_dtensor,
-    local_tensor,
-    random_numbers_of_first_rank,
-    reshard,
-)
-from hra_fx.layers.trained_copies import BASE, Copies, all_copies
-from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
+from hra_fx.layers.sharding import device_of_values, distribute_like, local_tensor, on_first_rank
+from hra_fx.layers.trained_copies import BASE, all_copies
+from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, names_in, root_of
+from hra_fx.model.whole import check_whole
 
 
 def reset_adapters(
@@ -36,8 +30,8 @@ def reset_adapters(
     equal those of `transform` and `add_adapter` on a model with weights, bit for bit. Trained copies
     (`modules_to_save`, `bias`) get the values of the base model.
 
-    With `fully_shard`, call this in every process after `to_empty`. All processes use the random numbers of the first
-    one, and keep their shard of the vectors.
+    With `fully_shard`, call this in every process after `to_empty`. Each one gets its shard of the vectors that the
+    first process draws.
 
     Args:
         model: a transformed model.
@@ -45,9 +39,9 @@ def reset_adapters(
         device: where to create vectors that are still on the meta device. `None` uses the device of their layer.
 
     Raises:
-        AdapterError: the model has no such adapter; an adapter is merged or has a scale other than 1; a layer is on the
-            meta device and `device` is not set, or its vectors are sharded on the meta device; or accelerate offloads
-            its trained copies. The model is unchanged.
+        AdapterError: the model has no such adapter; adapters are merged or have a scale other than 1; a layer is on
+            the meta device and `device` is not set, or its vectors are sharded on the meta device; the base model's
+            tensor of a trained copy has no values; or accelerate offloads trained copies. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -61,22 +55,23 @@ def reset_adapters(
     """
     root, state = root_of(model)
     names = names_in(state, state.configs if adapter_names is None else adapter_names)
-    load_vectors(root)
-    # (path of a module, name of its tensor) -> the base model's value of each trained copy.
-    base = {
-        name: {
-            (path, entry): copies.get(owner, BASE, entry)
-            for path, (owner, copies) in all_copies(root).items()
-            for entry in copies.copied.get(name, ())
-        }
-        for name in names
-    }
+    check_whole(root, "reset its adapters")
+    base = {name: _base_tensors(root, name) for name in names}
     for name in names:
         check_replaceable(root, state, name)
-        _check_device(root, name, base[name], device)
-    with torch.inference_mode(False), random_numbers_of_first_rank(root.parameters()):
+        _check_values(root, name, base[name], device)
+    with torch.inference_mode(False):
         for name in names:
             replace_values(root, name, _start_of(state, name), base[name], device)
+
+
+def _base_tensors(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
+    """(path of a module, name of its tensor) -> the base model's value of each trained copy of an adapter."""
+    return {
+        (path, entry): copies.get(owner, BASE, entry)
+        for path, (owner, copies) in all_copies(root).items()
+        for entry in copies.copied.get(name, ())
+    }
 
 
 def _start_of(state: AdapterState, name: str) -> Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]]:
@@ -84,15 +79,16 @@ def _start_of(state: AdapterState, name: str) -> Callable[[str, AdaptedLayer], t
 
     def draw(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
         spec = dataclasses.replace(layer.hra_u.specs[name], init_weights=state.configs[name].init_weights)
-        return layer.hra_u.initial(spec, householder.working_dtype(layer.hra_u[name].dtype))
+        dtype = householder.working_dtype(layer.hra_u[name].dtype)
+        return on_first_rank([layer.hra_u[name]], lambda: layer.hra_u.initial(spec, dtype))
 
     return draw
 
 
-def _check_device(
+def _check_values(
     root: nn.Module, name: str, base: dict[tuple[str, str], Tensor], device: torch.device | str | None
 ) -> None:
-    """Check that the device of vectors and copies on the meta device is known."""
+    """Check that the device of vectors is known, and that the base model's tensors of trained copies have values."""
     layers = layers_of(root, name) if device is None else {}
     without_data = [path for path, layer in layers.items() if layer.hra_u.device_of(layer).type == "meta"]
     without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]
@@ -101,21 +97,21 @@ def _check_device(
             f"{without_data[0]}: its weight is on the meta device. Call model.to_empty(device=...) or "
             "model.load_state_dict(..., assign=True) first, or pass the `device` for the vectors."
         )
+    for (path, entry), tensor in base.items():
+        own = local_tensor(tensor)
+        if own.is_floating_point() and own.numel() and bool(own.isnan().all()):
+            raise AdapterError(
+                f"{path}.{entry}: the base model's values are NaN, because its weights were loaded with "
+                "set_model_state_dict, which fills the trained copy (modules_to_save or bias). Load them before "
+                "hra_fx.transform, or load an adapter (hra_fx.load_adapter)."
+            )
 
 
 def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
     """Check that the values of an adapter can be replaced."""
-    if name in state.merged:
-        raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
-    layers = layers_of(root, name)
-    if any(name in layer.hra_u.scales for layer in layers.values()):
+    check_unmerged(state)
+    if any(name in layer.hra_u.scales for layer in layers_of(root, name).values()):
         raise AdapterError(f"adapter {name!r} must have scale 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
-    for path, layer in layers.items():
-        if is_dtensor(layer.hra_u[name]) and layer.hra_u[name].is_meta:
-            raise AdapterError(
-                f"{path}: its vectors are sharded and on the meta device. Call model.to_empty(device=...) first, to "
-                "create the shards of this process."
-            )
 
 
 def layers_of(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
@@ -137,13 +133,10 @@ def replace_values(
     (path of a module, name of its tensor) -> value of a trained copy. Every process that has shards must call this.
     Without `device`, tensors on the meta device get the device of the base weight, or the CPU.
     """
-    reshard(root.modules())
     layers, owners = layers_of(root, name), all_copies(root)
     made: dict[Tensor, Tensor] = {}  # a copy that two modules share stays one tensor
     with torch.no_grad():
         new = {path: vectors(path, layer) for path, layer in layers.items()}  # an error here changes nothing
-        for owner, held in owners.values():
-            _fill_base(owner, held)
         for path, layer in layers.items():
             place = device or device_of_values(layer.hra_u.device_of(layer))
             layer.hra_u.replace(name, *new[path], torch.device(place))
@@ -155,22 +148,6 @@ def replace_values(
                 held.set(owner, name, entry, made[own])
             else:
                 own.copy_(distribute_like(value, own))
-
-
-def _fill_base(owner: nn.Module, copies: Copies) -> None:
-    """Fill the base model's tensors that are NaN after `to_empty`, if a trained copy is in use instead of them.
-
-    torch's `set_model_state_dict` fills tensors by name, and a copy in use has the name of the base model's tensor. So
-    the copy has the values of the base model.
-    """
-    used = copies.tensors(owner, copies.in_use)
-    pairs = [(copies.get(owner, BASE, entry), tensor) for entry, tensor in used.items()]
-    floating = [base for base, _ in pairs if base.is_floating_point() and not base.is_meta]
-    empty = {id(base) for base in floating if local_tensor(base).numel() and bool(local_tensor(base).isnan().all())}
-    for base, present in pairs:
-        # Integers cannot be NaN: they are filled together with the other tensors.
-        if id(base) in empty or (empty and not base.is_floating_point() and not base.is_meta):
-            base.copy_(present)
 
 
 def _like(own: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:

@@ -5,29 +5,34 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import loaded_class
+from hra_fx.compat import loaded_class, state_paths
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.layers.class_swap import SwapMixin, swap, unswap
+from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.containers import check_adapter_name
 from hra_fx.layers.sharding import is_trained_by_zero
-from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter, random_init
+from hra_fx.model.graph_module import rewrite
+from hra_fx.model.inject import AdapterFactory, inject_adapter, random_init, removed_on_error
 from hra_fx.model.root import swap_body
 from hra_fx.model.state import (
     AdapterState,
     adapted_layers,
     attach_state,
     check_is_module,
-    clear_state,
+    check_unmerged,
     collect_parts,
+    is_adapted,
     root_of,
 )
-from hra_fx.model.trainable import activate, freeze, make_copies, set_requires_grad, sync_layers, unfreeze
+from hra_fx.model.trainable import activate, checked_copies, freeze, make_copies, set_requires_grad, sync_layers
+from hra_fx.model.whole import check_whole
+from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import with_head
 
 
@@ -41,24 +46,41 @@ def set_up(
     root_class: type[SwapMixin],
     layers: dict[str, nn.Module] | None = None,
 ) -> None:
-    """Adapt a plain model with one active adapter.
+    """Adapt a plain model with one active adapter. After an error, the model is unchanged.
 
     `config` was validated by `checked`. `copies` is (path of the module, name of its tensor) -> value of a trained copy
     that differs from the base model.
     `layers` is the result of `select_checked`, if the caller has it.
     """
-    with all_or_nothing() as steps:
-        layers = inject_adapter(model, adapter_name, config, fill, steps, layers)
-        state = AdapterState({adapter_name: config}, frozen=freeze(model))
-        steps.callback(unfreeze, model, state.frozen)
-        make_copies(model, adapter_name, config, layers, steps, copies)
-        steps.callback(clear_state, model)
+    state = AdapterState(frozen=freeze(model))
+    with removed_on_error(model, state, adapter_name, config):
+        _add(model, adapter_name, config, fill, copies, layers)
         attach_state(model, state)
         if not isinstance(model, fx.GraphModule):
             swap(model, root_class)
-            steps.callback(unswap, model, root_class)
-            swap_body(model, steps)
+            swap_body(model, ExitStack())
         activate(collect_parts(model), state, (adapter_name,), trainable=not config.inference_mode)
+
+
+def _add(
+    model: nn.Module,
+    name: str,
+    config: HRAConfig,
+    fill: AdapterFactory,
+    copies: Mapping[tuple[str, str], Tensor],
+    layers: dict[str, nn.Module] | None,
+) -> None:
+    """Add an adapter to its layers, and its trained copies; everything is checked first. The adapter is not active."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = select_checked(model, config, dict(state_paths(modules.items()))) if layers is None else layers
+    wanted = checked_copies(model, name, config, layers)
+    is_new = not all(map(is_adapted, layers.values()))
+    inject_adapter(modules, layers, fill)
+    make_copies(name, wanted, copies)
+    if is_new and isinstance(model, fx.GraphModule):
+        with ExitStack() as undo:
+            rewrite(model, undo)
+            undo.pop_all()
 
 
 def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
@@ -124,19 +146,16 @@ def add_filled_adapter(
         raise AdapterError(
             f"adapter {adapter_name!r} already exists in this model. Delete it first, or choose another name."
         )
-    if state.merged:
-        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
+    check_unmerged(state)
     for path, layer in adapted_layers(root).items():
         if any(map(is_trained_by_zero, layer.hra_u.parameters())):
             raise AdapterError(
                 f"{path}: DeepSpeed already trains it, and would not manage the vectors of adapter {adapter_name!r}. "
                 "Add it before deepspeed.initialize, which Trainer.train calls, or to a new model."
             )
-    with all_or_nothing() as undo:
-        layers = inject_adapter(root, adapter_name, config, fill, undo, layers)
-        make_copies(root, adapter_name, config, layers, undo, copies)
-        state.configs[adapter_name] = config
-        undo.callback(state.configs.pop, adapter_name, None)
+    check_whole(root, "add adapters", "modules")
+    with removed_on_error(root, state, adapter_name, config):
+        _add(root, adapter_name, config, fill, copies, layers)
         parts = collect_parts(root)
         set_requires_grad(parts, {adapter_name: False})
         sync_layers(parts, state)

@@ -13,15 +13,13 @@ from torch import fx, nn
 from hra_fx.compat import is_compiled_module, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.layers.accelerate_hooks import WHOLE, keep_loaded, offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
+from hra_fx.layers.class_swap import set_class, unswap
 from hra_fx.layers.classes import layer_class_for
 from hra_fx.layers.peft_layers import find_peft_layer
-from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
-from hra_fx.layers.trained_copies import Copies, all_copies
+from hra_fx.layers.trained_copies import Copies
 
 M = TypeVar("M")
 #: The attribute in which a transformed model stores its `AdapterState`.
@@ -37,8 +35,9 @@ class AdapterState:
         configs: adapter name -> configuration.
         active: the active adapters, including merged ones, in the order of the product `W Q_a Q_b ...`.
         merged: the active adapters that are merged into the weights.
-        disabled: whether all adapters are disabled.
-        disabled_blocks: the number of open `with disable_adapters(...)` blocks.
+        disabled: whether all adapters are disabled: by a call, or by an open block.
+        disabled_calls: the number of calls of `disable_adapters` without a block.
+        disabled_blocks: the number of open `with disable_adapters(...)` blocks, in all threads.
         frozen: names of the parameters that `transform` froze.
     """
 
@@ -46,6 +45,7 @@ class AdapterState:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     disabled: bool = False
+    disabled_calls: int = 0
     disabled_blocks: int = 0
     frozen: tuple[str, ...] = ()
     _layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
@@ -157,19 +157,10 @@ def root_of(model: nn.Module, parts: AdaptedParts | None = None) -> tuple[nn.Mod
     return found.roots[0], state
 
 
-def check_no_foreign_class(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part."""
-    for path, module in modules:
-        if tool := sharded_by(module):
-            raise AdapterError(
-                f"{path or 'the model'}: {tool} has already sharded its parameters. Add and remove adapters before "
-                "sharding."
-            )
-        if mixins_of(module) and not is_swapped(module):
-            raise AdapterError(
-                f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
-                "(for parametrizations: torch.nn.utils.parametrize.remove_parametrizations)."
-            )
+def check_unmerged(state: AdapterState) -> None:
+    """Check that no adapter is merged."""
+    if state.merged:
+        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
 
 
 def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:
@@ -243,46 +234,3 @@ def base_model_view(model: nn.Module) -> Iterator[None]:
             if RECORD in vars(module):
                 restore.callback(vars(module).__setitem__, RECORD, vars(module).pop(RECORD))
         yield
-
-
-def load_vectors(model: nn.Module) -> None:
-    """Load the vectors that accelerate offloads to the device of their layer. They are not offloaded again."""
-    if reason := _flat_shard(model) or _offloaded_as_a_whole(model) or offloaded_copy(model):
-        raise AdapterError(reason)
-    for layer in adapted_layers(model).values():
-        keep_loaded(layer.hra_u)
-
-
-def offloaded_copy(model: nn.Module) -> str | None:
-    """Return why trained copies cannot be read or switched now, and what to do; `None` if they can.
-
-    accelerate's hook loads tensors by name, without regard to which copy is in use.
-    """
-    for path, (owner, copies) in all_copies(model).items():
-        if any(offloading_hook(part) is not None for part in (owner, *copies.modules())):
-            return (
-                f"{path or 'the model'}: accelerate offloads it, with its trained copies (modules_to_save or "
-                "bias). First load them with accelerate.hooks.remove_hook_from_submodules(model), and offload the "
-                "model again afterwards."
-            )
-    return None
-
-
-def _flat_shard(model: nn.Module) -> str | None:
-    for path, layer in adapted_layers(model).items():
-        if any(layer.hra_u[name].shape != layer.hra_u.parameter_shape(name) for name in layer.hra_u.specs):
-            return (
-                f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "
-                "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), "
-                "or shard with torch.distributed.fsdp.fully_shard."
-            )
-    return None
-
-
-def _offloaded_as_a_whole(model: nn.Module) -> str | None:
-    for path, module in model.named_modules():
-        hook = offloading_hook(module)
-        whole = hook is not None and hook.place_submodules
-        if whole and any(isinstance(part, HouseholderAdapters) for part in module.modules()):
-            return f"{path or 'the model'}: {WHOLE}."
-    return None

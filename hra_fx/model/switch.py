@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Iterable
 from types import TracebackType
@@ -13,9 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.merge import merge, unmerge_adapter
-from hra_fx.model.state import adapted_layers, collect_parts, load_vectors, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, names_in, root_of
 from hra_fx.model.trainable import activate, check_copies, check_copies_can_switch, sync_layers
+from hra_fx.model.whole import check_whole
+
+#: Held while adapters are disabled or enabled, because several threads may open blocks.
+_LOCK = threading.Lock()
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
@@ -34,12 +38,11 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         inference_mode: whether to freeze the adapters instead of making them trainable.
 
     Raises:
-        AdapterError: the model has no such adapter; two of them have trained copies of the same module; or the
-            trained copies of a sharded model would need to be switched.
+        AdapterError: the model has no such adapter; adapters are merged; two of the adapters have trained copies of the
+            same module; or the trained copies of a sharded or offloaded model would need to be switched.
 
     Warns:
-        HRAWarning: merged adapters are unmerged first (as in PEFT); or `model` is wrapped in
-            `DistributedDataParallel` and other parameters become trainable.
+        HRAWarning: `model` is wrapped in `DistributedDataParallel` and other parameters become trainable.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -52,18 +55,16 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     parts = collect_parts(model)
     root, state = root_of(model, parts)
     names = names_in(state, adapter_name)
-    disabled = state.disabled and state.disabled_blocks > 0
+    check_unmerged(state)
     check_copies(root, parts, names)
-    check_copies_can_switch(root, parts, () if disabled else names)
+    check_copies_can_switch(root, parts, () if state.disabled_blocks else names)
     reshard(parts.modules)
-    if state.merged:
-        text = f"adapters {list(state.merged)} were merged; they are unmerged before {list(names)} are set."
-        warnings.warn(text, HRAWarning, stacklevel=2)
-        unmerge_adapter(root)
     wrapped = isinstance(model, DistributedDataParallel)
     before = _trainable(model) if wrapped else set()
-    state.disabled = disabled
-    activate(parts, state, names, trainable=not inference_mode)
+    with _LOCK:
+        if not state.disabled_blocks:
+            state.disabled, state.disabled_calls = False, 0
+        activate(parts, state, names, trainable=not inference_mode)
     if wrapped and (new := sorted(_trainable(model) - before)):
         text = (
             f"{new[0]} became trainable after DistributedDataParallel wrapped the model. If it was not trainable then, "
@@ -80,14 +81,15 @@ class disable_adapters:
     """Disable all adapters of a model (reflections, trained copies and biases), so that it computes the base model.
 
     The call disables the adapters. Without `with`, they stay disabled until you call `set_adapter` (or, for an
-    `HRAModel`, `enable_adapter_layers`). As a context manager, it restores the previous state on exit, including merged
-    adapters.
+    `HRAModel`, `enable_adapter_layers`). As a context manager, it restores the previous state on exit. Blocks may
+    overlap in several threads or asyncio tasks: the adapters are disabled while any block is open.
 
     Args:
         model: a transformed model.
 
     Raises:
-        AdapterError: the model has no adapters, or the trained copies of a sharded model would need to be switched.
+        AdapterError: the model has no adapters; adapters are merged; or the trained copies of a sharded or offloaded
+            model would need to be switched.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -103,41 +105,46 @@ class disable_adapters:
     def __init__(self, model: nn.Module) -> None:
         """Disable the adapters now."""
         parts = collect_parts(model)
-        root, state = root_of(model, parts)
-        check_copies_can_switch(root, parts, ())
-        self._root, self._state = root, state
-        self._before = state.disabled, state.disabled_blocks
-        self._merged, self._active = state.merged, state.active
-        if state.merged:
-            unmerge_adapter(root)
-        self._set(True, state.disabled_blocks)
+        self._root, self._state = root_of(model, parts)
+        check_unmerged(self._state)
+        check_copies_can_switch(self._root, parts, ())
+        self._count(calls=1)
 
     def __enter__(self) -> None:
         """Start a block in which `set_adapter` selects adapters but does not enable them."""
-        self._set(True, self._state.disabled_blocks + 1)
+        self._count(calls=-1, blocks=1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Restore the previous state, unless other adapters were set in the block."""
-        self._set(*self._before)
-        if self._merged and self._state.active == self._active and not self._state.merged:
-            merge(self._root, self._state, self._merged)
+        """Restore the previous state, or the adapters that were set in the block."""
+        self._count(blocks=-1)
 
-    def _set(self, disabled: bool, blocks: int) -> None:
-        self._state.disabled, self._state.disabled_blocks = disabled, blocks
-        sync_layers(collect_parts(self._root), self._state)
+    def _count(self, *, calls: int = 0, blocks: int = 0) -> None:
+        state = self._state
+        with _LOCK:
+            # `set_adapter` and `enable_adapters` may have set them to 0.
+            state.disabled_calls = max(0, state.disabled_calls + calls)
+            state.disabled_blocks = max(0, state.disabled_blocks + blocks)
+            _update(self._root, state)
 
 
 def enable_adapters(model: nn.Module) -> None:
     """Enable the active adapters again after `disable_adapters`.
 
     Raises:
-        AdapterError: the model has no adapters, or the trained copies of a sharded model would need to be switched.
+        AdapterError: the model has no adapters, or the trained copies of a sharded or offloaded model would need to be
+            switched.
     """
     parts = collect_parts(model)
     root, state = root_of(model, parts)
     check_copies_can_switch(root, parts, state.active)
-    state.disabled, state.disabled_blocks = False, 0
-    sync_layers(parts, state)
+    with _LOCK:
+        state.disabled_calls = state.disabled_blocks = 0
+        _update(root, state)
+
+
+def _update(root: nn.Module, state: AdapterState) -> None:
+    state.disabled = bool(state.disabled_calls or state.disabled_blocks)
+    sync_layers(collect_parts(root), state)
 
 
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
@@ -154,7 +161,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         alpha: the scale, from 0 to 1.
 
     Raises:
-        AdapterError: the model has no such adapter, the adapter is merged, `alpha` is out of range, or a layer
+        AdapterError: the model has no such adapter, adapters are merged, `alpha` is out of range, or a layer
             has an odd number of reflections: its `Q` is not a rotation, so it cannot be scaled. The model is unchanged.
 
     Warns:
@@ -172,10 +179,8 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     root, state = root_of(model)
     (name,) = names_in(state, adapter_name)
     check_scale(alpha)
-    if name in state.merged:
-        raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
-    load_vectors(root)
-    reshard(model.modules())
+    check_unmerged(state)
+    check_whole(root, "scale its adapters")
     layers = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
     for path, adapters in layers.items() if alpha != 1 else ():

@@ -6,6 +6,7 @@ called. So when one of two tied weights gets its own values, the setting must be
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import nn
 
 from hra_fx.compat import state_modules
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.readers import chains_of
 from hra_fx.layers.target import SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 
@@ -24,21 +24,19 @@ TIE_SETTING = "tie_word_embeddings"
 def settings_to_turn_off(model: nn.Module, folded: Collection[str]) -> list[Any]:
     """The configurations that would tie weights again which differ when the copies of some adapters are folded."""
     found = [getattr(part, "config", None) for part in model.modules()] if parts(model, folded) else []
-    unique = {id(config): config for config in found if getattr(config, TIE_SETTING, False)}
-    return list(unique.values())
+    return list({id(config): config for config in found if getattr(config, TIE_SETTING, False)}.values())
 
 
 def parts(model: nn.Module, adapters: Collection[str]) -> bool:
     """Whether some names of one tensor of the base model have different tensors with the copies of these adapters."""
     then: dict[int, set[int]] = {}  # id of a tensor of the base model -> ids of the tensors that replace it
     for path, module in state_modules(model):
-        if SAVED in path.split("."):
-            continue
         copies = get_copies(module) or Copies()
-        for name in (name for name, tensor in module._parameters.items() if tensor is not None):
-            adapter = next((own for own in adapters if name in copies.copied.get(own, ())), BASE)
-            new = copies.get(module, adapter, name)
-            then.setdefault(id(copies.get(module, BASE, name)), set()).add(id(new))
+        for name, tensor in module._parameters.items() if SAVED not in path.split(".") else ():
+            if tensor is not None:
+                adapter = next((own for own in adapters if name in copies.copied.get(own, ())), BASE)
+                new = copies.get(module, adapter, name)
+                then.setdefault(id(copies.get(module, BASE, name)), set()).add(id(new))
     return any(len(tensors) > 1 for tensors in then.values())
 
 
@@ -54,5 +52,5 @@ def separate(model: nn.Module) -> None:
 
 def reads_tie_setting(model: nn.Module) -> bool:
     """Whether a forward in the model reads the setting: Switch Transformers scales its output depending on it."""
-    classes = set(map(original_class, model.modules()))
-    return any(TIE_SETTING in chain for cls in classes for chain in chains_of(cls))
+    codes = [getattr(inspect.unwrap(original_class(part).forward), "__code__", None) for part in model.modules()]
+    return any(code is not None and TIE_SETTING in code.co_names for code in codes)

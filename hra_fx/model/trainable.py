@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,17 @@ from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.experts import adapted_parameters
-from hra_fx.layers.sharding import sharded_by
-from hra_fx.layers.target import ADAPTER_CHILDREN, SAVED
+from hra_fx.layers.target import ADAPTER_CHILDREN, SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
-from hra_fx.model.state import AdaptedParts, AdapterState, offloaded_copy
+from hra_fx.model.state import AdaptedParts, AdapterState
+from hra_fx.model.whole import check_whole
 from hra_fx.selection.select import saved_modules
 from hra_fx.selection.tied import tied_to
 
 #: Names of biases; the second one is the bias of q, k and v in nn.MultiheadAttention.
 _BIASES = ("bias", "in_proj_bias")
+#: Path -> (module, names of its tensors).
+ToCopy: TypeAlias = Mapping[str, tuple[nn.Module, tuple[str, ...]]]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -70,26 +72,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trained, sum(parameter.numel() for parameter in counted)
 
 
-def make_copies(
-    model: nn.Module,
-    name: str,
-    config: HRAConfig,
-    layers: Mapping[str, nn.Module],
-    undo: ExitStack,
-    values: Mapping[tuple[str, str], Tensor],
-) -> None:
-    """Create the trained copies of adapter `name` (of modules and biases). They are not in use.
+def make_copies(name: str, wanted: ToCopy, values: Mapping[tuple[str, str], Tensor]) -> None:
+    """Create the trained copies of adapter `name`. They are not in use.
 
     `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model. Tensors that
     are tied in the base model have one copy, unless their values differ, because PEFT trains a copy of each.
     """
-    wanted = to_copy(model, config, layers)
-    for path, (owner, names) in wanted.items():
-        if reason := _why_not_copied(owner, names):
-            raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
     tensors = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
-    if wanted and not config.inference_mode:
-        _warn_about_tied(model, name, [(owner, entry) for owner, names in wanted.values() for entry in names])
     parted = differ_by_place(tensors, values)
     memo: dict[int, nn.Parameter] = {}
     for path, (owner, names) in wanted.items():
@@ -97,18 +86,20 @@ def make_copies(
         if copies is None:
             copies = Copies()
             copies.train(owner.training)
-            undo.callback(owner._modules.pop, SAVED, None)
             owner.add_module(SAVED, copies)
-        undo.callback(copies.remove, owner, name)
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
         copies.make(owner, name, names, {} if parted else memo, given)
 
 
-def _warn_about_tied(model: nn.Module, name: str, tensors: Iterable[tuple[nn.Module, str]]) -> None:
-    """Warn if an adapter trains a copy of one of two tied tensors. `tensors` are (module, name of its tensor)."""
+def _warn_about_tied(model: nn.Module, name: str, wanted: ToCopy) -> None:
+    """Warn if an adapter trains a copy of one of two tied tensors."""
     modules = dict(state_modules(model))  # each once, under its first path
     paths = {module: path for path, module in modules.items()}
-    copied = {f"{paths[owner]}.{entry}".lstrip("."): getattr(owner, entry) for owner, entry in tensors}
+    copied = {
+        f"{paths[owner]}.{entry}".lstrip("."): getattr(owner, entry)
+        for owner, names in wanted.values()
+        for entry in names
+    }
     for entry, others in tied_to(modules, copied).items():
         if alone := [other for other in others if other not in copied]:
             text = f"{entry} is tied to {', '.join(alone)}, and adapter {name!r} trains a copy of {entry} alone."
@@ -125,10 +116,8 @@ def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[t
     return any(one is not other and not torch.equal(one, other.to(one)) for one, other in pairs)
 
 
-def to_copy(
-    model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
-) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    """The tensors that an adapter trains in full (modules and biases): path -> (module, names of its tensors)."""
+def to_copy(model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]) -> ToCopy:
+    """The tensors that an adapter trains in full (modules and biases), by path."""
     found: dict[int, tuple[str, nn.Module, tuple[str, ...]]] = {}
     for root, saved in saved_modules(model, config).items():
         for below, owner in state_modules(saved):
@@ -136,23 +125,33 @@ def to_copy(
                 found.setdefault(id(owner), (f"{root}.{below}".rstrip("."), owner, names))
     owners = state_modules(model) if config.bias == "all" else layers.items() if config.bias == "hra_only" else ()
     for path, owner in owners:
-        names = tuple(name for name in _BIASES if owner._parameters.get(name) is not None)
+        names = tuple(entry for entry in _BIASES if owner._parameters.get(entry) is not None)
         if _is_base(path) and names:
             found.setdefault(id(owner), (path, owner, names))
     return {path: (owner, names) for path, owner, names in found.values()}
 
 
-def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
+def checked_copies(model: nn.Module, name: str, config: HRAConfig, layers: Mapping[str, nn.Module]) -> ToCopy:
+    """`to_copy` for adapter `name`. Raises an error if a tensor cannot be copied, before anything is changed."""
+    wanted = to_copy(model, config, layers)
+    for path, (owner, names) in wanted.items():
+        if reason := _why_not_copied(owner, names, layers.values()):
+            raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
+    if wanted and not config.inference_mode:
+        _warn_about_tied(model, name, wanted)
+    return wanted
+
+
+def _why_not_copied(owner: nn.Module, names: tuple[str, ...], layers: Iterable[nn.Module]) -> str | None:
     hint = "Name other modules in modules_to_save, or set bias='none'"
     if offloading_hook(owner) is not None:
         return f"accelerate offloads it, and would overwrite a trained copy with the base model's tensors. {hint}"
     if isinstance(owner, _CONTAINERS):
         return f"it is a container with its own tensors ({', '.join(names)}), which cannot be copied. {hint}"
-    adapters = get_adapters(owner)
-    if adapters is not None and adapters.weight_name in names:
-        return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
-    if stacked := [layer.parameter for layer in adapted_parameters(owner) if layer.parameter in names]:
-        return f"another adapter reflects its {stacked[0]}, so it cannot be saved in full too. Fold or delete that one"
+    own = [owner] if get_adapters(owner) is not None else []
+    reflected = [weight_place(layer) for layer in (*layers, *own, *adapted_parameters(owner))]
+    if name := next((name for name in names if (owner, name) in reflected), None):
+        return f"an adapter reflects its {name}, so it cannot be saved in full too. {hint}"
     for name in names:
         tensor = owner._parameters.get(name)
         if tensor is not None and (is_lazy(tensor) or type(tensor) is not nn.Parameter):
@@ -186,17 +185,8 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
 def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
     """Raise an error if trained copies must be switched in a sharded or offloaded model."""
     names = tuple(acting)
-    for owner, copies in parts.copies:
-        if copies.wanted(names) == copies.in_use:
-            continue
-        if reason := offloaded_copy(root):
-            raise AdapterError(reason)
-        if tool := next(filter(None, map(sharded_by, parts.modules)), None):
-            raise AdapterError(
-                f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) cannot be switched, "
-                f"because {tool} restores the parameters that it sharded. Set the adapters before sharding."
-            )
-        return
+    if any(copies.wanted(names) != copies.in_use for _, copies in parts.copies):
+        check_whole(root, "switch its trained copies", "modules")
 
 
 def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> None:

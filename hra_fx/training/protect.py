@@ -19,8 +19,8 @@ from hra_fx.config_fields import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import first_split, reshard
-from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, root_of, unwrap
+from hra_fx.model.state import AdapterState, adapted_layers, root_of, unwrap
+from hra_fx.model.whole import check_whole
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
 from hra_fx.training.inputs import sketches_of
@@ -114,11 +114,6 @@ def protect(
     if isinstance(samples, nn.Module):
         raise AdapterError("`samples` is a model. Since 0.5, protect takes no optimizer: call protect(model, samples).")
     state, layers = _adapters(model, frozen=False)
-    if (split := first_split(model)) and split[1] == "DeepSpeed":
-        raise AdapterError(
-            f"{split[0]}: DeepSpeed has split its weight (ZeRO-3), so samples cannot run. Load, transform and protect "
-            "the model before DeepSpeed is configured (before TrainingArguments are made)."
-        )
     earlier = _earlier(previous, layers)
     _check_directions(directions, layers, state, earlier)
     if samples is None:
@@ -169,8 +164,7 @@ def _adapters(model: nn.Module, *, frozen: bool) -> tuple[AdapterState, dict[str
     root, state = root_of(model)
     layers = {path: layer for path, layer in adapted_layers(root).items() if _active(layer, state)}
     _check_adapters(layers, state, frozen=frozen)
-    load_vectors(root)
-    reshard(root.modules())
+    check_whole(root, "protect it", "weights")
     return state, layers
 
 

@@ -144,13 +144,13 @@ def cover(part: nn.Module) -> Callable[[], None]:
     return lambda: setattr(part, "__class__", ours)
 
 
-STEPS: dict[str, tuple[type[Exception], Callable[[Any], object]]] = {
-    "delete": (hra_fx.AdapterError, lambda model: hra_fx.delete_adapter(model, "x")),
-    "add": (hra_fx.AdapterError, lambda model: hra_fx.add_adapter(model, "z", config("head"))),
-    "fold": (hra_fx.FoldError, lambda model: hra_fx.fold(model)),
-    "merge": (hra_fx.FoldError, lambda model: hra_fx.merge_adapter(model)),
-    "unload": (hra_fx.AdapterError, lambda model: model.unload()),
-}
+STEPS: list[tuple[type[Exception], Callable[[Any], object]]] = [
+    (hra_fx.AdapterError, lambda model: hra_fx.delete_adapter(model, "x")),
+    (hra_fx.AdapterError, lambda model: hra_fx.add_adapter(model, "z", config("head"))),
+    (hra_fx.FoldError, hra_fx.fold),
+    (hra_fx.FoldError, hra_fx.merge_adapter),
+    (hra_fx.AdapterError, lambda model: model.unload()),
+]
 
 
 @pytest.mark.parametrize("path", ["first", ""])
@@ -161,11 +161,10 @@ def test_a_class_over_ours_is_refused_and_all_works_again_without_it(path: str) 
     x, part = normal(3, 6), model.get_submodule(path)
     wanted, later = oracle(plain, model, ["x"], x), oracle(plain, model, ["y"], x)
     uncover = cover(part)
-    text = rf"^{path or 'the model'}: another tool replaced its class \({type(part).__name__}\)\. Undo that first"
-    for name, (kind, act) in STEPS.items():
-        if (path, name) != ("", "merge"):  # which needs the classes of layers only
-            with refuses(model, text, kind):
-                act(model)
+    text = rf"^{path or 'the model'}: another tool replaced its class \({type(part).__name__}\), .* Undo that first"
+    for kind, act in STEPS:
+        with refuses(model, text, kind):
+            act(model)
         assert_close(run(model, x), wanted)
     uncover()
     with pytest.warns(hra_fx.HRAWarning, match="'y' is active now"):

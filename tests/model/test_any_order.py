@@ -60,14 +60,13 @@ class AnyOrder(RuleBasedStateMachine):
         self.plain = net().requires_grad_(False)
         self.adapters: dict[str, Adapter] = {}
         self.active: list[str] = []
-        self.trained: list[str] = []  # those that were set; a merge alone activates without training
         self.merged: list[str] = []
         self.disabled = False
         self.seed = 0
         for kind in kinds[:3]:
             self.add(kind, LAYERS, "plain")
         self.do(lambda: hra_fx.set_adapter(self.model, order), "plain")
-        self.active = self.trained = list(order)
+        self.active = list(order)
 
     # ---- the reference ----
 
@@ -120,7 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
         if not self.do(lambda: add(self.model, name, made), context, refused=bool(self.merged)):
             return
         if not self.adapters:
-            self.active, self.trained, self.disabled = [name], [name], False
+            self.active, self.disabled = [name], False
         self.seed += 1
         randomise(self.model, name, seed=self.seed)
         copied = dict(zip(HEAD, (self.plain.head.weight, self.plain.head.bias), strict=True)) if kind == "head" else {}
@@ -132,37 +131,29 @@ class AnyOrder(RuleBasedStateMachine):
     def switch(self, data: st.DataObject, context: str, inside: bool) -> None:
         """Also inside of a block in which the base model acts."""
         names = data.draw(st.lists(st.sampled_from(sorted(self.adapters)), unique=True))
-        disabled, active, merged, refused = self.disabled, self.active, self.merged, self.conflict(names)
+        inside = inside and not self.merged
+        disabled, refused = self.disabled, bool(self.merged) or self.conflict(names)
         with hra_fx.disable_adapters(self.model) if inside else nullcontext():
+            self.disabled = disabled or inside
             if self.do(lambda: hra_fx.set_adapter(self.model, names), context, refused=refused):
-                self.active, self.trained, self.merged, self.disabled = names, names, [], inside
-            if inside:
-                self.merged, self.disabled = [], True
+                self.active, self.disabled = names, inside
             self.agrees()
-        if inside:
-            self.merged, self.disabled = merged if self.active == active else [], disabled
+        self.disabled = disabled if inside else self.disabled
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), scale=scales, context=contexts)
     def scale(self, data: st.DataObject, scale: float, context: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.adapters)))
-        if self.do(lambda: hra_fx.set_scale(self.model, name, scale), context, refused=name in self.merged):
+        if self.do(lambda: hra_fx.set_scale(self.model, name, scale), context, refused=bool(self.merged)):
             self.adapters[name].scale = scale
 
-    def first(self, data: st.DataObject) -> list[str]:
-        """Perhaps an adapter that is not active, which then acts first, and the first ones that are active."""
-        waiting = [[name] for name in self.adapters if name not in self.active]
-        count = data.draw(st.integers(min(1, len(self.active)), len(self.active)))
-        return [*data.draw(st.sampled_from([[], *waiting])), *self.active[:count]]
-
-    @precondition(lambda self: self.adapters and not self.merged and not self.disabled)
+    @precondition(lambda self: self.adapters and not self.disabled)
     @rule(data=st.data(), context=contexts)
     def merge(self, data: st.DataObject, context: str) -> None:
-        names = self.first(data)
-        acting = list(dict.fromkeys([*names, *self.active]))
-        refused = not names or self.conflict(acting)
+        names = self.active[: data.draw(st.integers(0, len(self.active)))]
+        refused = not names or bool(self.merged)
         if self.do(lambda: hra_fx.merge_adapter(self.model, names), context, refused=refused):
-            self.active, self.merged = acting, names
+            self.merged = names
 
     @precondition(lambda self: self.merged)
     @rule(context=contexts)
@@ -174,11 +165,10 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data(), context=contexts, everything=st.booleans())
     def fold(self, data: st.DataObject, context: str, everything: bool) -> None:
         """Some adapters, or the active ones while the others are removed."""
-        names = list(self.active) if everything else self.first(data)
-        refused = not names or self.conflict(names)
+        names = list(self.active) if everything else self.active[: data.draw(st.integers(0, len(self.active)))]
         wanted = {layer: self.weight(layer, names).detach() for layer in LAYERS}
         head = self.heads(names)
-        if not self.do(lambda: hra_fx.fold(self.model, None if everything else names), context, refused=refused):
+        if not self.do(lambda: hra_fx.fold(self.model, None if everything else names), context, refused=not names):
             return
         for layer, weight in wanted.items():
             found = self.model.get_submodule(layer)._parameters["weight"].detach()
@@ -198,7 +188,7 @@ class AnyOrder(RuleBasedStateMachine):
         if self.do(lambda: hra_fx.delete_adapter(self.model, name), context, refused=bool(self.merged)):
             self.remove(name)
             if was_alone and self.adapters:
-                self.active = self.trained = [next(iter(self.adapters))]
+                self.active = [next(iter(self.adapters))]
 
     def remove(self, name: str) -> None:
         del self.adapters[name]
@@ -210,23 +200,24 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def disable(self) -> None:
         """Until an adapter is set. Nothing is merged or folded while the base model acts."""
-        hra_fx.disable_adapters(self.model)
-        self.merged, self.disabled = [], True
+        if not self.do(lambda: hra_fx.disable_adapters(self.model), "plain", refused=bool(self.merged)):
+            return
+        self.disabled = True
         for act in (hra_fx.merge_adapter, hra_fx.fold):
             self.do(lambda act=act: act(self.model), "plain", refused=True)
 
-    @precondition(lambda self: self.adapters)
+    @precondition(lambda self: self.adapters and not self.merged)
     @rule()
     def block(self) -> None:
         """The base model acts in nested blocks, and an error restores what was before."""
-        disabled, merged = self.disabled, self.merged
+        disabled = self.disabled
         with pytest.raises(ZeroDivisionError), hra_fx.disable_adapters(self.model):
-            self.disabled, self.merged = True, []
+            self.disabled = True
             with hra_fx.disable_adapters(self.model):
                 self.agrees()
             self.agrees()
             raise ZeroDivisionError
-        self.disabled, self.merged = disabled, merged
+        self.disabled = disabled
 
     @rule(pickled=st.booleans())
     def twin(self, pickled: bool) -> None:
@@ -238,10 +229,9 @@ class AnyOrder(RuleBasedStateMachine):
     def train(self) -> None:
         """The gradients, which belong to what acts at its full scale and is not merged, and a step along them."""
         names = [] if self.disabled else self.active
-        acting = [name for name in names if name in self.trained and name not in self.merged]
-        trained = [name for name in acting if self.adapters[name].scale == 1]
+        trained = [name for name in names if name not in self.merged and self.adapters[name].scale == 1]
         keys = [f"{layer}.hra_u.{name}" for name in trained for layer in self.adapters[name].layers]
-        head = self.heads([name for name in names if name in self.trained])
+        head = self.heads(names)
         for value in head.values():
             value.requires_grad_(True)
         leaves = {key: self.model.get_parameter(key) for key in keys} | head

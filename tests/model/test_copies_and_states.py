@@ -163,8 +163,6 @@ def test_two_adapters_with_copies_of_one_module_are_not_used_together() -> None:
     )
     with refuses(model, text):
         hra_fx.set_adapter(model, ["c", "b"])
-    with refuses(model, text):
-        hra_fx.merge_adapter(model, "c")  # it would act before the active `b`
 
 
 def test_a_container_that_owns_a_parameter_is_not_copied_and_a_copy_that_is_not_finite_is_not_folded() -> None:

@@ -23,12 +23,6 @@ FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "in
 SPECIAL = [0, 1, 2]  # of the tiny Llama
 
 
-def merged(base: nn.Module) -> nn.Module:
-    model = hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS))
-    hra_fx.merge_adapter(model)
-    return model
-
-
 def saved(base: nn.Module) -> nn.Module:
     model = hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS, modules_to_save=["lm_head"]))
     with torch.no_grad():
@@ -43,7 +37,6 @@ def of_peft(config: Any) -> Callable[[nn.Module], nn.Module]:
 WAYS: dict[str, Callable[[Any], Any]] = {
     "no adapters": lambda base: base,
     "transform": lambda base: hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS)),
-    "merged": merged,
     "modules_to_save": saved,
     "HRAModel": lambda base: hra_fx.get_peft_model(base, hra_fx.HRAConfig(**FIELDS, task_type="CAUSAL_LM")),
     "from_peft": lambda base: hra_fx.from_peft(peft.get_peft_model(base, peft.HRAConfig(**FIELDS))),
@@ -177,8 +170,9 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
         hra_fx.own_texts(gpt2(), **arguments)
 
 
-def test_merged_adapters_of_peft_are_refused() -> None:
-    model: Any = WAYS["LoRA"](llama())
+@pytest.mark.parametrize("way", ["LoRA", "HRAModel"])
+def test_merged_adapters_are_refused(way: str) -> None:
+    model: Any = WAYS[way](llama())
     model.merge_adapter()
     with pytest.raises(AdapterError, match="merged into the weights"):
         hra_fx.own_texts(model)

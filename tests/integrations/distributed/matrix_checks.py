@@ -224,7 +224,7 @@ MATRIX: dict[Callable[[str, str, int, Path], None], list[tuple[str, str]]] = {
     ],
     # The module that represents a parameter of the experts has no parameters to shard, so it is not wrapped separately.
     as_lora: [("resnet", LAYER), ("mlp, copies", WHOLE), ("mlp, Gram-Schmidt", LAYER), ("experts", PARTS)],
-    from_meta: [("mlp, odd rank", WHOLE), ("mlp, copies", PARTS), ("convolutions", LAYER), ("attention", PARTS)],
+    from_meta: [("mlp, odd rank", WHOLE), ("convolutions", LAYER), ("attention", PARTS)],
 }
 #: All ways for the MLPs, and some for models that take longer.
 TRAINED = {

@@ -1,0 +1,93 @@
+"""Whether this process has the tensors that an action needs: models that are sharded or offloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from hra_fx.errors import AdapterError, FoldError
+from hra_fx.layers.accelerate_hooks import keep_loaded, offloading_hook
+from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
+from hra_fx.layers.class_swap import is_swapped, mixins_of
+from hra_fx.layers.sharding import is_dtensor, reshard, sharded_by
+from hra_fx.layers.target import REFLECTION, full_shape, weight_place
+from hra_fx.layers.trained_copies import get_copies
+
+#: What an action needs -> the states of a module that prevent it. FSDP2 gathers vectors and weights when they are read.
+_PREVENTED_BY = {
+    "vectors": {"flat", "empty", "offloaded"},
+    "weights": {"flat", "empty", "offloaded", "FullyShardedDataParallel", "DeepSpeed"},
+    "modules": {"offloaded", "class", "fully_shard", "FullyShardedDataParallel"},
+    "writing": {"flat", "offloaded", "class", "weight", "fully_shard", "FullyShardedDataParallel", "DeepSpeed"},
+}
+# What to do, without the final period.
+_SHARDED = (
+    "Add, remove, switch and fold adapters before sharding. Or save the adapter (hra_fx.save_adapter) and "
+    "load it into an unsharded model, or fold it into the checkpoint (hra_fx.fold_checkpoint)"
+)
+_PARAMETRIZED = "Undo that first (for parametrizations: torch.nn.utils.parametrize.remove_parametrizations)"
+_FLAT = (
+    "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), or shard with "
+    "torch.distributed.fsdp.fully_shard"
+)
+_EMPTY = "Call model.to_empty(device=...) first, to create the shards of this process"
+_ZERO3 = (
+    "Do this before DeepSpeed is configured (before TrainingArguments are made), or save the adapter and load it into "
+    "another model"
+)
+_HOOKS = "Call accelerate.hooks.remove_hook_from_submodules(model) first, and offload the model again afterwards"
+
+
+def check_whole(model: nn.Module, action: str, needs: str = "vectors") -> None:
+    """Check that this process has all tensors of a transformed model that an action needs.
+
+    Vectors that accelerate offloads are loaded to the device of their layer, and are not offloaded again. Parameters
+    that FSDP2 has not yet freed after a forward are freed.
+
+    Args:
+        model: the model.
+        action: the name of the action, for the error.
+        needs: "vectors" to read the adapters, "weights" to read also base weights, "modules" to add or remove modules
+            or to switch trained copies, "writing" to write base weights.
+
+    Raises:
+        AdapterError: the model is sharded or offloaded, or another tool has replaced a class.
+        FoldError: the same, if `needs` is "writing".
+    """
+    kind = FoldError if needs == "writing" else AdapterError
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        for state, problem, fix in _states(module):
+            if state in _PREVENTED_BY[needs]:
+                place = path.removesuffix(f".{REFLECTION}") or "the model"
+                raise kind(f"{place}: {problem}, so hra_fx cannot {action}. {fix}.")
+    for module in modules.values() if needs != "modules" else ():
+        if isinstance(module, HouseholderAdapters):
+            keep_loaded(module)
+    reshard(modules.values())
+
+
+def _states(module: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """What prevents actions: (state, problem, what to do)."""
+    if tool := sharded_by(module):
+        yield tool, f"{tool} has sharded its parameters", _SHARDED
+    if mixins_of(module) and not is_swapped(module):
+        yield "class", f"another tool replaced its class ({type(module).__name__})", _PARAMETRIZED
+    if isinstance(module, HouseholderAdapters):
+        if any(module[name].shape != module.parameter_shape(name) for name in module.specs):
+            yield "flat", "this process has only a flat part of its vectors (FSDP1 or ZeRO-3)", _FLAT
+        if any(is_dtensor(vectors) and vectors.is_meta for vectors in module.parameters()):
+            yield "empty", "its vectors are sharded and on the meta device", _EMPTY
+    hook = offloading_hook(module)
+    if hook is not None and hook.place_submodules and any(isinstance(m, HouseholderAdapters) for m in module.modules()):
+        yield "offloaded", "accelerate offloads it as a whole (preload_module_classes)", _HOOKS
+    adapters, copies = get_adapters(module), get_copies(module)
+    if adapters is None and copies is None:
+        return
+    if any(full_shape(held) != held.shape for held in module.parameters(recurse=False)):
+        yield "DeepSpeed", "DeepSpeed has split its weight (ZeRO-3)", _ZERO3
+    if copies is not None and any(offloading_hook(part) is not None for part in (module, *copies.modules())):
+        yield "offloaded", "accelerate offloads its trained copies (modules_to_save or bias)", _HOOKS
+    if adapters is not None and offloading_hook(weight_place(module)[0]) is not None:
+        yield "weight", "accelerate offloads its weight", f"{_HOOKS}; or use hra_fx.fold_checkpoint"
