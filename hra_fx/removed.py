@@ -63,6 +63,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "fold_checkpoint": {
         "columns": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+        "overwrite": "Delete the folder first.",
         "progress": "Leave it out: transformers shows its own progress bar.",
         "rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
         "verify": "Leave it out.",
@@ -83,6 +84,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 COMMAND_LINE: dict[str, str] = {
     "--columns": "Leave it out: the base model is loaded with its own class, which knows its layout.",
     "--debug": "Call the function in Python for a traceback.",
+    "--overwrite": "Delete OUT first.",
     "--part": "Pass the folder of the part as BASE, such as my-pipeline/unet.",
     "--quiet": "Redirect stderr: progress bars are only shown in a terminal.",
     "--rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",

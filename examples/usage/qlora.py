@@ -90,7 +90,7 @@ def run(base: Path, output: Path) -> None:
     print(f"as LoRA over 4 bits, difference of the loss: {abs(loss_of(model, tokenizer) - trained):.1e}")
     del model
 
-    hra_fx.fold_checkpoint(base, output / "adapter", output / "folded", overwrite=True)
+    hra_fx.fold_checkpoint(base, output / "adapter", output / "folded")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before, after = (
         loss_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device), tokenizer)

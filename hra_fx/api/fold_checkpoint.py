@@ -53,7 +53,6 @@ def fold_checkpoint(
     adapter_dir: Source | Sequence[Source],
     out_dir: Source,
     *,
-    overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> CheckpointReport:
     """Fold adapters into the model of a folder, `W <- W Q`, and write the folder of the folded model.
@@ -70,8 +69,7 @@ def fold_checkpoint(
         base_dir: a folder with `config.json` and safetensors files, as saved by transformers or diffusers. For a
             pipeline of diffusers, this is the folder of one of its parts, such as `"pipeline/unet"`.
         adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order.
-        out_dir: the folder to create. It must not be inside `base_dir` or contain it.
-        overwrite: replace `out_dir` if it exists, after everything is written.
+        out_dir: the folder to create, which must be empty if it exists. It must not be inside `base_dir`.
         trust_remote_code: whether to run code in `base_dir` that defines the class of a transformers model.
 
     Returns:
@@ -103,7 +101,7 @@ def fold_checkpoint(
     sources = [adapter_dir] if isinstance(adapter_dir, str | os.PathLike) else list(adapter_dir)
     if not sources:
         raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
-    _check_folders(base, out, sources, overwrite=overwrite)
+    _check_folders(base, out)
     with _explained_errors(out), _staged(out) as folder:
         rotated = _write_folded(base, sources, folder, trust_remote_code=trust_remote_code)
         others = _copy_others(base, folder)
@@ -205,9 +203,9 @@ def _copy_others(base: Path, folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """Create a hidden folder, which becomes the output folder unless an exception is raised. An old one is replaced."""
+    """Create a hidden folder, which becomes the output folder unless an exception is raised."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    staged, replaced = (out.with_name(f".{out.name}.{state}") for state in ("partial", "replaced"))
+    staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)  # from a call that was killed
     staged.mkdir()
     try:
@@ -216,14 +214,10 @@ def _staged(out: Path) -> Iterator[Path]:
             if file.is_file():
                 flush(file)
         if out.is_dir():
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
+            out.rmdir()
         staged.rename(out)
     finally:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        for old in (staged, replaced):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -240,17 +234,9 @@ def _explained_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_folders(base: Path, out: Path, adapters: Sequence[Source], *, overwrite: bool) -> None:
-    """Check that the output folder is free, and does not overlap with the base or with an adapter."""
-    real = Path(os.path.realpath(base))
-    inputs = {"the base": real} | {f"adapter {source}": Path(os.path.realpath(source)) for source in adapters}
-    for name, folder in inputs.items():
-        if out == folder or out in folder.parents or (name == "the base" and folder in out.parents):
-            raise CheckpointError(
-                f"{out}: the output folder overlaps with {name}, {folder}. Choose a folder outside of it."
-            )
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{out}: the output folder is not empty. Choose another folder, or pass overwrite=True (on the command "
-            "line: --overwrite)."
-        )
+def _check_folders(base: Path, out: Path) -> None:
+    """Check that the output folder is empty, and not in the base."""
+    if (real := Path(os.path.realpath(base))) in out.parents:
+        raise CheckpointError(f"{out}: the output folder is in the base, {real}. Choose a folder outside of it.")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: the output folder is not empty. Delete it, or choose another folder.")

@@ -31,7 +31,7 @@ hra-fx match my-model --target all-linear --exclude lm_head --rank 16
 hra-fx match my-model --regex '.*self_attn\.[qv]_proj'
 hra-fx match my-model --config my-adapter
 hra-fx fold my-model my-adapter folded
-hra-fx fold my-model first second folded --overwrite
+hra-fx fold my-model first second folded
 hra-fx fold my-pipeline/unet my-adapter folded-unet
 hra-fx convert my-adapter my-lora --to lora --base my-model
 hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated
 
 import typer
 
 from hra_fx.cli.screen import Json, TrustRemoteCode, hide_progress_bars, show_result
 from hra_fx.errors import CheckpointError
-
-Overwrite: TypeAlias = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT if it exists, after everything is written.")
-]
 
 
 def fold(
@@ -23,7 +19,6 @@ def fold(
         typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order of folding."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
-    overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +30,7 @@ def fold(
     from hra_fx.api.fold_checkpoint import fold_checkpoint
 
     hide_progress_bars()
-    report = fold_checkpoint(base, adapters, out, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    report = fold_checkpoint(base, adapters, out, trust_remote_code=trust_remote_code)
     show_result(report, as_json=as_json)
 
 
@@ -55,7 +50,6 @@ def convert(
         typer.Option("--rank", min=1, help="Limit the LoRA rank (best approximation). Default: exact."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the LoRA factors.")] = Dtype.float32,
-    overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -68,10 +62,8 @@ def convert(
         need = "a .gguf file" if to is Form.gguf else "a folder (.gguf files need --to gguf)"
         raise typer.BadParameter(f"--to {to} writes {need}, got {out}", param_hint="OUT")
     # Also if the user forgot OUT, so that the last adapter was parsed as OUT.
-    if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise CheckpointError(
-            f"{out}: already exists. The last path is the output: name a new one. To replace it, pass --overwrite."
-        )
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: already exists. The last path is the output: name a new one, or delete it.")
     from hra_fx.api.fold_checkpoint import load_adapters, load_base
     from hra_fx.lora.save import save_as_lora
 

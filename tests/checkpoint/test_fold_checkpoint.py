@@ -197,44 +197,34 @@ KILLED = """
 import resource, signal, sys, hra_fx
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process in the middle of a write
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-hra_fx.fold_checkpoint(*sys.argv[1:], overwrite=True)
+hra_fx.fold_checkpoint(*sys.argv[1:])
 """
 
 
-def test_a_failed_and_a_killed_call_leave_the_old_result(tmp_path: Path) -> None:
+def test_a_failed_and_a_killed_call_write_nothing(tmp_path: Path) -> None:
     model = llama()
     base, out = base_of(model, tmp_path / "base", torch.float32), tmp_path / "out"
     adapter = adapter_of(model, tmp_path / "adapter", "q_proj")
-    out.mkdir()
-    (out / "mine.txt").write_text("mine")
-    before, names = picture(tmp_path), {"base", "adapter", "out"}
-    with pytest.raises(CheckpointError, match=f"^{out}: the output folder is not empty"):
-        hra_fx.fold_checkpoint(base, adapter, out)
+    before, names = picture(tmp_path), {"base", "adapter"}
     with (
         files_of_at_most(20_000),
         pytest.raises(CheckpointError, match=f"^{out}: cannot write the result .*File too large.* folder is unchanged"),
     ):
-        hra_fx.fold_checkpoint(base, adapter, out, overwrite=True)
+        hra_fx.fold_checkpoint(base, adapter, out)
     assert picture(tmp_path) == before and {path.name for path in tmp_path.iterdir()} == names
     done = subprocess.run([sys.executable, "-c", KILLED, base, adapter, out], capture_output=True, check=False)
     assert done.returncode == -signal.SIGXFSZ, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == names | {".out.partial"}
     (tmp_path / ".out.partial" / "stale.txt").write_text("not in the next result")
     assert {name: data for name, data in picture(tmp_path).items() if not name.startswith(".out")} == before
-    hra_fx.fold_checkpoint(base, adapter, out, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == names
+    hra_fx.fold_checkpoint(base, adapter, out)
+    assert {path.name for path in tmp_path.iterdir()} == names | {"out"}
     check(base, out, model, adapter)
-
-
-def test_a_result_that_a_killed_call_has_moved_is_put_back(tmp_path: Path) -> None:
-    model = llama()
-    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
-    (tmp_path / ".out.replaced").mkdir()
-    (tmp_path / ".out.replaced" / "mine.txt").write_text("mine")
-    without_weights(base, adapter)
-    with pytest.raises(CheckpointError, match="cannot load the model"):
-        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
-    assert picture(tmp_path / "out") == {"mine.txt": b"mine"}
+    for full in (out, base, adapter, tmp_path):
+        with pytest.raises(CheckpointError, match=f"^{full}: the output folder is not empty"):
+            hra_fx.fold_checkpoint(base, adapter, full)
+    with pytest.raises(CheckpointError, match="the output folder is in the base"):
+        hra_fx.fold_checkpoint(base, adapter, base / "inside")
 
 
 def without_weights(base: Path, adapter: Path) -> None:
@@ -304,21 +294,9 @@ def test_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
     assert picture(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("out", ["base", "base/inside", ".", "adapter"])
-def test_folders_that_overlap(out: str, tmp_path: Path) -> None:
-    model = llama()
-    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
-    with pytest.raises(CheckpointError, match="the output folder overlaps with"):
-        hra_fx.fold_checkpoint(base, adapter, tmp_path / out, overwrite=True)
-
-
-def test_removed_arguments_and_no_adapter(tmp_path: Path) -> None:
-    call: Any = hra_fx.fold_checkpoint
-    for name in ("columns", "rows", "verify", "progress"):
-        with pytest.raises(TypeError, match=rf"^fold_checkpoint: `{name}` was removed in 0\.5\. Leave it out"):
-            call("base", "adapter", "out", **{name: True})
+def test_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^adapter_dir must name at least one"):
-        call(tmp_path, [], tmp_path / "out")
+        hra_fx.fold_checkpoint(tmp_path, [], tmp_path / "out")
 
 
 # ---- tensors and files that the class does not use, and its code ----
