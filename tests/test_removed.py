@@ -28,11 +28,6 @@ def test_a_removed_name_says_what_to_use(name: str) -> None:
     assert re.search(rf"`{name}[`(]", UPGRADING.read_text(encoding="utf-8"))
 
 
-def test_the_module_of_the_trainer_of_0_4_says_what_to_use() -> None:
-    with pytest.raises(ImportError, match=r"^hra_fx\.integrations\.HRATrainer was removed in 0\.5\."):
-        from hra_fx.integrations.trainer import HRATrainer  # noqa: F401
-
-
 @pytest.mark.parametrize("name", ["get_layer_status", "get_model_status"])
 def test_a_removed_method_says_what_to_use(name: str) -> None:
     model = hra_fx.HRAModel(nn.Sequential(nn.Linear(4, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))

@@ -46,8 +46,7 @@ class HRAModel(SwapMixin):
 
     Args:
         model: any module that `hra_fx.transform` accepts, plain or transformed.
-        config: the configuration, or a dict with `adapter_name` and the configuration. PEFT's keyword `peft_config`
-            also works.
+        config: the configuration. PEFT's keyword `peft_config` also works.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
@@ -139,25 +138,16 @@ class HRAModel(SwapMixin):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def add_adapter(
-        self,
-        first: Any = "default",
-        second: Any = "default",
-        /,
-        low_cpu_mem_usage: bool = False,
-        *,
-        adapter_name: str | None = None,
-        peft_config: HRAConfig | None = None,
-        adapter_config: HRAConfig | None = None,
+        self, adapter_name: Any = "default", peft_config: Any = None, low_cpu_mem_usage: bool = False
     ) -> None:
         """Same as `hra_fx.add_adapter`.
 
         Call it as `add_adapter(name, config)`, as in PEFT, or as `add_adapter(config, name)`, as in transformers and
         diffusers.
         """
-        given = (first, second)
-        config: Any = peft_config or adapter_config or next((x for x in given if not isinstance(x, str)), None)
-        name = adapter_name or next((x for x in given if isinstance(x, str) and x != "default"), "default")
-        add_adapter(self, name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+        if not isinstance(adapter_name, str):
+            adapter_name, peft_config = peft_config or "default", adapter_name
+        add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """Same as `hra_fx.set_adapter`. Disabled adapters stay disabled until they are enabled again, as in PEFT."""
@@ -196,13 +186,13 @@ class HRAModel(SwapMixin):
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
         """Same as `set_adapter`, with optional scales from 0 to 1 (`hra_fx.set_scale`). diffusers uses this name."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = [] if weights is None else weights if isinstance(weights, list) else [weights] * len(names)
-        if weights is not None and len(given) != len(names):
+        given = weights if isinstance(weights, list) else [1.0 if weights is None else weights] * len(names)
+        if len(given) != len(names):
             raise AdapterError(f"weights must have one entry per adapter, got {len(given)} for {len(names)} adapters.")
         for weight in given:
             check_scale(weight)
         set_adapter(self, names)
-        for name, weight in zip(names, given, strict=False):
+        for name, weight in zip(names, given, strict=True):
             set_scale(self, name, weight)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
@@ -276,11 +266,11 @@ class HRAModel(SwapMixin):
 
 def _adapted(
     model: nn.Module,
-    config: HRAConfig | Mapping[str, HRAConfig] | None = None,
+    config: HRAConfig | None = None,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
     *,
-    peft_config: HRAConfig | Mapping[str, HRAConfig] | None = None,
+    peft_config: HRAConfig | None = None,
 ) -> nn.Module:
     if isinstance(model, fx.GraphModule):
         raise AdapterError(
@@ -290,13 +280,6 @@ def _adapted(
     if isinstance(model, nn.Module):
         check_names(model)
     given: Any = peft_config if config is None else config
-    if isinstance(given, Mapping):
-        if list(given) != [adapter_name]:
-            raise AdapterError(
-                f"`config` must be an HRAConfig or have the one entry {adapter_name!r}, got {list(given)}. Add each "
-                "other adapter with add_adapter."
-            )
-        given = given[adapter_name]
     return as_hra_model(transform(model, given, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
 
 

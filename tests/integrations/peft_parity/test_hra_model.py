@@ -25,7 +25,6 @@ CALLS: list[Callable[[nn.Module, hra_fx.HRAConfig], Any]] = [
     lambda model, settings: hra_fx.HRAModel(model, settings, "mine"),
     lambda model, settings: hra_fx.HRAModel(model=model, peft_config=settings, adapter_name="mine"),
     lambda model, settings: hra_fx.HRAModel(model, config=settings, adapter_name="mine", low_cpu_mem_usage=False),
-    lambda model, settings: hra_fx.HRAModel(model, {"mine": settings}, "mine"),
 ]
 
 
@@ -61,21 +60,12 @@ def test_the_same_seed_draws_pefts_vectors(r: int, apply_GS: bool, init_weights:
 
 
 GOOD = hra_fx.HRAConfig(**FIELDS)
-BROKEN = [
-    *(
-        ({}, r"one entry 'a', got \[\]"),
-        (None, "HRAConfig"),
-        ("all-linear", "HRAConfig"),
-        ({"a": "all-linear"}, "HRAConfig"),
-    ),
-    ({"a": GOOD, "b": GOOD}, r"one entry 'a', got \['a', 'b'\]\. Add each other adapter with add_adapter\."),
-]
 
 
-@pytest.mark.parametrize(("broken", "message"), BROKEN)
-def test_a_broken_configuration_leaves_the_model_as_it_was(broken: Any, message: str) -> None:
+@pytest.mark.parametrize("broken", [{}, None, "all-linear", {"a": GOOD}])
+def test_a_broken_configuration_leaves_the_model_as_it_was(broken: Any) -> None:
     base = net(F64)
-    with refuses(base, message, hra_fx.HRAError):
+    with refuses(base, "`config` must be an hra_fx.HRAConfig or a peft.HRAConfig", hra_fx.HRAError):
         hra_fx.HRAModel(base, broken, "a")
 
 
