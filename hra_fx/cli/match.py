@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -22,7 +21,7 @@ from hra_fx.cli.screen import (
     show_table,
 )
 from hra_fx.errors import SelectionError, UnsupportedLayerError
-from hra_fx.reporting.words import counted
+from hra_fx.reporting.words import counted, plain
 
 if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
@@ -64,13 +63,9 @@ def match(
         "modules_to_save": save,
     }
     given = {name: value for name, value in fields.items() if value is not None}
-    found = _summarize(path, _configuration(config, given), trust_remote_code=trust_remote_code)
-    if as_json:
-        show_json(found)
-    elif found["error"] is None:
-        _show(found)
-    if found["error"] is not None:
-        print_message("does not match", found["error"], "bold red")
+    refusal = _match(path, _configuration(config, given), trust_remote_code=trust_remote_code, as_json=as_json)
+    if refusal is not None:
+        print_message("does not match", refusal, "bold red")
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -103,62 +98,28 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
     return dataclasses.replace(HRAConfig.from_pretrained(folder), inference_mode=False, **fields)
 
 
-def _summarize(path: Path, config: HRAConfig, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Compute what `--json` prints: the result of `hra_fx.report` after `hra_fx.transform` of a model without weights.
-
-    `trained` is the number of adapter parameters, in total and of each layer; `trained_in_full` is the number of other
-    trainable parameters (biases and modules to save). `adapted` are the layers that would be adapted, `missed` are the
-    other layers, `trained_layers` would be trained in full, and `missed_parameters` are 3-D parameters (experts) that
-    would not be adapted. If there is an `error`, the configuration does not fit the model, and these are empty.
-    """
+def _match(path: Path, config: HRAConfig, *, trust_remote_code: bool, as_json: bool) -> str | None:
+    """Show the report of an adapted model without weights. Returns why the configuration does not fit the model."""
     from hra_fx.api.transform import transform
     from hra_fx.checkpoint.model_folder import build_model
+    from hra_fx.reporting.columns import grouped_table_of
     from hra_fx.reporting.report import Report, report
 
     model, library = build_model(path, trust_remote_code=trust_remote_code)
-    found = {
-        "model": type(model).__name__,
-        "library": library,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "r": config.r,
-    }
+    name, total = type(model).__name__, sum(parameter.numel() for parameter in model.parameters())
     try:
-        rows, error = report(transform(model, config)), None
+        found, error = report(transform(model, config)), None
     except (SelectionError, UnsupportedLayerError) as refusal:
-        rows, error = Report(()), str(refusal)
-    trained = sum(row.parameters for row in rows)
-    trainable = 0 if error else sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fields = {"path": "path", "site": "layer_type", "d": "d", "r": "r", "trained": "parameters"}
-    return found | {
-        "trained": trained,
-        "trained_in_full": trainable - trained,
-        "adapted": [{name: getattr(row, field) for name, field in fields.items()} for row in rows],
-        "missed": rows.skipped,
-        "trained_layers": rows.trained_in_full,
-        "missed_parameters": rows.skipped_parameters,
-        "error": error,
-    }
-
-
-def _show(found: dict[str, Any]) -> None:
-    from hra_fx.reporting.columns import footnotes, grouped
-    from hra_fx.reporting.table import Column
-
-    adapted, in_full = found["adapted"], found["trained_in_full"]
-    show_heading(
-        f"{found['model']} ({found['library']})",
-        {
-            "adapted": f"{len(adapted)} of {counted(len(adapted) + len(found['missed']), 'layer')}",
-            "trainable": f"{counted(found['trained'], 'parameter')} "
-            f"({found['trained'] / found['parameters']:.2%} of {found['parameters']:,})",
-            "also trained": f"{counted(in_full, 'parameter')} in full" if in_full else "",
-        },
-    )
-    rows = []
-    for group in grouped(adapted, itemgetter("path"), itemgetter("site", "d", "r")):
-        one, trained = group.rows[0], sum(layer["trained"] for layer in group.rows)
-        texts = (str(len(group.rows)), one["site"], str(one["d"]), str(one["r"]), f"{trained:,}")
-        rows.append((group.name, *texts))
-    show_table([Column("layer", True), Column("count"), Column("type", True), *map(Column, ("d", "r", "params"))], rows)
-    for title, lines in footnotes((), found["missed"], found["trained_layers"], found["missed_parameters"]).items():
-        show_lines(title, lines)
+        found, error = Report(()), str(refusal)
+    trainable = 0 if error else sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    facts = {"model": name, "library": library, "parameters": total, "trainable": trainable, "error": error}
+    if as_json:
+        show_json(facts | plain(found))
+    elif error is None:
+        share = f"{counted(trainable, 'parameter')} ({trainable / total:.2%} of {total:,})"
+        layers = counted(len(found) + len(found.skipped), "layer")
+        show_heading(f"{name} ({library})", {"adapted": f"{len(found)} of {layers}", "trainable": share})
+        show_table(*grouped_table_of(found.rows, without=("weight change", "mean angle")))
+        for title, lines in found.footnotes().items():
+            show_lines(title, lines)
+    return error

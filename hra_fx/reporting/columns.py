@@ -107,11 +107,11 @@ def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[l
     return _table([Group(row.path, (row,)) for row in rows], rows, without)
 
 
-def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
-    """The columns for a terminal, and one line for rows that differ only in the indices of their blocks."""
+def grouped_table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[list[Column], list[list[str]]]:
+    """The columns for a terminal except for those in `without`; rows that differ only in block indices are one line."""
     groups = grouped(rows, lambda row: row.path, _same)
     is_clear = len({group.name for group in groups}) == len(groups)  # else the type tells lines apart
-    columns, lines = _table(groups, rows, [name for name in _DETAILS if name != "type" or is_clear])
+    columns, lines = _table(groups, rows, [*without, *(name for name in _DETAILS if name != "type" or is_clear)])
     for group, line in zip(groups, lines, strict=True):
         line[0] += f" x{len(group.rows)}" * (len(group.rows) > 1)
     return columns, lines
