@@ -86,7 +86,7 @@ def test_dict_and_copies_give_the_config_back(kwargs: dict[str, Any]) -> None:
 
 
 def test_unknown_keys_of_a_file_are_kept(tmp_path: Path) -> None:
-    more = {"hra_anchor": {"rank": 3}, "extra": {"r": 1}, "rank": 5}
+    more = {"hra_other": {"rank": 3}, "extra": {"r": 1}, "rank": 5}
     text = json.dumps({"peft_type": "HRA", "r": 4, **more})
     (tmp_path / "adapter_config.json").write_text(text)
     config = HRAConfig.from_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_unknown_keys_of_a_file_are_kept(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {name: written[name] for name in more} == more
-    with pytest.warns(UserWarning, match="hra_anchor"):
+    with pytest.warns(UserWarning, match="hra_other"):
         assert values(peft.HRAConfig.from_pretrained(str(tmp_path))) == values(config)
 
 

@@ -85,13 +85,11 @@ def load_adapter(
         folder = find(directory, subfolder, **hub)
         is_new = state is None or adapter_name not in state.configs
         fitted = fit(folder, root, config, is_new=is_new, is_trainable=is_trainable)
-        config = checked(root, fitted.resume.config, adapter_name)
+        config = checked(root, fitted.config, adapter_name)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
-            vectors, anchor = fitted.vectors[path]
             like = reflection.weight_of(layer).dtype, device_of_values(reflection.device_of(layer))
-            anchored = None if anchor is None else _like(anchor, *like)
-            reflection.put(adapter_name, fitted.spec(path), _like(vectors, *like), anchored)
+            reflection.put(adapter_name, fitted.spec(path), _like(fitted.vectors[path], *like))
 
         if state is None:
             root_class, layers = root_class_for(root), fitted.layers
@@ -114,8 +112,8 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     layers = layers_of(root, name)
     spec = next(iter(layers.values())).hra_u.specs[name]
     shapes = {path: layer.hra_u.vectors_shape(layer.hra_u.specs[name].r) for path, layer in layers.items()}
-    differs = fitted.resume.config.apply_GS is not spec.apply_GS or shapes != {
-        path: tuple(vectors.shape) for path, (vectors, _) in fitted.vectors.items()
+    differs = fitted.config.apply_GS is not spec.apply_GS or shapes != {
+        path: tuple(vectors.shape) for path, vectors in fitted.vectors.items()
     }
     held = copies_of(root, name)
     if differs or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
@@ -125,7 +123,7 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
             "adapter_name."
         )
     for path, layer in layers.items():
-        check_kept(layer.hra_u, name, fitted.vectors[path][0])
+        check_kept(layer.hra_u, name, fitted.vectors[path])
     replace_values(root, name, lambda path, _: fitted.vectors[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})

@@ -43,9 +43,8 @@ def transform(
     `GraphModule` as `model`) rewrites a graph. Both compute the same outputs.
 
     The model remains the same object and an instance of its class. Its `state_dict` keeps all keys and gets the new
-    keys `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
-    `<layer>.hra_u.<adapter>_anchor`, if `init_weights=True` needs frozen vectors to start at the identity). The base
-    model's parameters are frozen, and all adapters share them. Biases and modules that `config.bias` and
+    keys `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw`. The
+    base model's parameters are frozen, and all adapters share them. Biases and modules that `config.bias` and
     `config.modules_to_save` train are copies, which replace the originals while the adapter is active. The tensors that
     are not in use are in `<module>.hra_saved`.
 
@@ -86,7 +85,8 @@ def transform(
             any error the model is unchanged.
 
     Warns:
-        HRAWarning: an odd rank trains vectors, which learn less than pairs.
+        HRAWarning: with an odd rank or Gram-Schmidt, the model does not start as the base model, because `Q` cannot be
+            the identity, and it trains vectors, which learn less than pairs.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -1,17 +1,12 @@
-"""Read the two files of an adapter (a chain of reflections for each layer, and trained tensors), and fit it to a model.
-
-PEFT does not have anchors, so the chain of an adapter with anchors is saved as plain reflections. The metadata of the
-file says how to split the chain into a frozen anchor and trained vectors, so that training can be continued.
-"""
+"""Read the two files of an adapter (vectors of each layer, and trained tensors), and fit it to a model."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +16,16 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.base_model import BaseRow, first_row, read_base_row
 from hra_fx.checkpoint.folder import (
     PREFIX,
-    VECTORS,
     WEIGHTS_NAME,
     copy_key,
     find,
     read,
     reflection_key,
-    vectors_key,
 )
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.functional.chain import ChainPart
-from hra_fx.functional.householder import anchor_rank
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.classes import adapters_for
 from hra_fx.layers.target import REFLECTION
@@ -43,52 +35,12 @@ from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import saved_modules, select, without_unmatched
 from hra_fx.selection.suggestions import some_of
 
-#: Metadata key in `adapter_model.safetensors`.
-RESUME = "hra_fx"
+#: The key in files of 0.4 of vectors before Gram-Schmidt; their orthonormal chain is in the file too, and is exact.
+_VECTORS_OF_0_4 = ".hra_vectors"
 #: Keys that PEFT writes but does not read: with bias="all", each bias of a module in `modules_to_save` once more.
 _UNREAD = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
-
-
-@dataclass(frozen=True)
-class Resume:
-    """The form of an adapter for training.
-
-    `config` has the ranks without anchors; with `has_anchors`, the chains in the file start with the anchors.
-    """
-
-    config: HRAConfig
-    has_anchors: bool
-
-    def anchor(self, path: str) -> int:
-        """The number of anchor vectors of a layer."""
-        return anchor_rank(self.config.rank_of(path), apply_GS=self.config.apply_GS) if self.has_anchors else 0
-
-    @property
-    def saved_config(self) -> HRAConfig:
-        """The configuration in the file, with the ranks of the plain chains."""
-        return _with_anchors(self.config) if self.has_anchors else self.config
-
-    def metadata(self) -> dict[str, str]:
-        """The entry for the file's metadata; empty without anchors."""
-        if not self.has_anchors:
-            return {}
-        config = self.config
-        ranks = {"rank_pattern": config.rank_pattern} if config.rank_pattern else {}
-        return {RESUME: json.dumps({"r": config.r, "apply_GS": config.apply_GS, **ranks})}
-
-
-def _with_anchors(config: HRAConfig) -> HRAConfig:
-    """The configuration of plain chains that start with the anchors: `[A | U]`, or `[A | V]` with Gram-Schmidt."""
-
-    def rank(r: int) -> int:
-        return r + anchor_rank(r, apply_GS=config.apply_GS)
-
-    ranks = {pattern: rank(r) for pattern, r in config.rank_pattern.items()}
-    # If the ranks are equal with the anchors, no pattern is needed. PEFT does not support patterns.
-    differ = any(r != rank(config.r) for r in ranks.values())
-    return dataclasses.replace(config, r=rank(config.r), apply_GS=False, rank_pattern=ranks if differ else {})
 
 
 @dataclass(frozen=True)
@@ -103,22 +55,6 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     base_row: BaseRow | None
-
-    @cached_property
-    def resume(self) -> Resume:
-        """How to split the chains into anchors and trained vectors. PEFT's files have no anchors."""
-        config, text = self.config, self.metadata.get(RESUME)
-        if text is None:
-            return Resume(config, has_anchors=False)
-        entry = {"rank_pattern": {}, **json.loads(text)}
-        fields = {name: entry[name] for name in ("r", "apply_GS", "rank_pattern")}
-        trained = dataclasses.replace(config, **fields)
-        if _with_anchors(trained) == config:
-            return Resume(trained, has_anchors=True)
-        raise CheckpointError(
-            f"{self.file}: the metadata {RESUME}={text[:80]!r} does not match r={config.r}, apply_GS={config.apply_GS} "
-            "in the configuration. The two files are from different adapters; save it again."
-        )
 
     @cached_property
     def chains(self) -> dict[str, Tensor]:
@@ -136,7 +72,7 @@ class Adapter:
     @property
     def others(self) -> list[str]:
         """The names of the other tensors in the file: those that are trained in full, and copies that PEFT adds."""
-        return [key.removeprefix(PREFIX) for key in self.tensors if not key.endswith((REFLECTION, VECTORS))]
+        return [key.removeprefix(PREFIX) for key in self.tensors if not key.endswith(REFLECTION)]
 
 
 def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None) -> Adapter:
@@ -150,7 +86,11 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     own = HRAConfig.from_pretrained(folder) if config is None else config
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     # Some writers leave out PEFT's prefix.
-    tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
+    tensors = {
+        key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key]
+        for key in keys
+        if not key.endswith(_VECTORS_OF_0_4)
+    }
     for key, vectors in tensors.items():
         if key.endswith(f".{REFLECTION}"):
             _check_vectors(file, key, vectors)
@@ -172,20 +112,18 @@ def _check_vectors(file: Path, key: str, vectors: Tensor) -> None:
 class Fitted:
     """An adapter from a file that fits a model: its layers by path, its configuration for training, and its values.
 
-    `vectors` maps the path of a layer to `U: (d, r)` and its anchor `A: (d, k)` or `None`. `copies` maps (path of a
-    module, name of its tensor) to a tensor.
+    `vectors` maps the path of a layer to `U: (d, r)`. `copies` maps (path of a module, name of its tensor) to a tensor.
     """
 
     layers: dict[str, nn.Module]
-    resume: Resume
-    vectors: dict[str, tuple[Tensor, Tensor | None]]
+    config: HRAConfig
+    vectors: dict[str, Tensor]
     copies: dict[tuple[str, str], Tensor]
 
     def spec(self, path: str) -> AdapterSpec:
         """The rank, Gram-Schmidt setting and initialization of a layer."""
-        config = self.resume.config
-        has_anchors = self.resume.has_anchors
-        return AdapterSpec(config.rank_of(path), config.apply_GS, has_anchors, config.trains_pairs(path))
+        config = self.config
+        return AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights, config.trains_pairs(path))
 
 
 def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool, is_trainable: bool) -> Fitted:
@@ -195,11 +133,10 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     the adapter yet (`is_new`), everything that `transform` checks is checked.
     """
     adapter = read_adapter(folder, None if given is None else valid_config(given))
-    adapter = dataclasses.replace(adapter, config=without_unmatched(model, adapter.config))
-    config, resume = adapter.config, adapter.resume
-    resume = dataclasses.replace(resume, config=dataclasses.replace(resume.config, inference_mode=not is_trainable))
+    config = dataclasses.replace(without_unmatched(model, adapter.config), inference_mode=not is_trainable)
+    adapter = dataclasses.replace(adapter, config=config)
     try:
-        layers = select_checked(model, resume.config) if is_new else select(model, config)
+        layers = select_checked(model, config) if is_new else select(model, config)
     except SelectionError as error:
         raise CheckpointError(
             f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
@@ -212,17 +149,14 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     }
     shapes = {reflection_key(path): _vectors_shape(layer, config.rank_of(path)) for path, layer in layers.items()}
     shapes |= {key: tuple(shape) for key, shape in copies.values()}
-    if resume.config.apply_GS and resume.has_anchors:  # the file also has the vectors before Gram-Schmidt
-        ranks = {path: resume.config.rank_of(path) for path in layers}
-        shapes |= {vectors_key(path): _vectors_shape(layer, ranks[path]) for path, layer in layers.items()}
-    _check_keys(adapter, model, layers, shapes.keys())
+    _check_keys(adapter, model, shapes.keys())
     for key, expected in shapes.items():
         if (shape := tuple(adapter.tensors[key].shape)) != expected:
             raise CheckpointError(f"{adapter.file}: {key} must have shape {expected}, got {shape}. {_OTHER_BASE}")
     _check_base(adapter, model, layers)
-    vectors = {path: _split(adapter, path, resume) for path in layers}
+    vectors = {path: adapter.tensors[reflection_key(path)] for path in layers}
     values = {place: adapter.tensors[key] for place, (key, _) in copies.items()}
-    return Fitted(layers, resume, vectors, values)
+    return Fitted(layers, config, vectors, values)
 
 
 def _copy_key(adapter: Adapter, path: str, name: str, *, adapted: bool) -> str:
@@ -235,9 +169,9 @@ def _vectors_shape(layer: nn.Module, r: int) -> tuple[int, ...]:
     return (get_adapters(layer) or adapters_for(layer)).vectors_shape(r)
 
 
-def _check_keys(adapter: Adapter, model: nn.Module, layers: Iterable[str], expected: Set[str]) -> None:
+def _check_keys(adapter: Adapter, model: nn.Module, expected: Set[str]) -> None:
     tensors = adapter.tensors
-    allowed = {vectors_key(path) for path in layers}
+    allowed = set()
     for path, part in saved_modules(model, adapter.config).items():  # also other names of a shared module
         allowed |= {f"{PREFIX}{path}.{key}" for key in part.state_dict()}
     missing = sorted(expected - tensors.keys())
@@ -265,15 +199,6 @@ def _is_embedding(model: nn.Module, key: str) -> bool:
     path, _, entry = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
     owner = dict(state_modules(model, remove_duplicate=False)).get(path)
     return entry == "weight" and (isinstance(owner, nn.Embedding) or path.rpartition(".")[2] == "lm_head")
-
-
-def _split(adapter: Adapter, path: str, resume: Resume) -> tuple[Tensor, Tensor | None]:
-    chain, anchor = adapter.tensors[reflection_key(path)], resume.anchor(path)
-    if not anchor:
-        return chain, None
-    if not resume.config.apply_GS:
-        return chain[..., anchor:].contiguous(), chain[..., :anchor].contiguous()
-    return adapter.tensors[vectors_key(path)], chain[..., :anchor].contiguous()
 
 
 def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

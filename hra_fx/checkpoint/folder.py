@@ -23,15 +23,13 @@ from hra_fx.atomic_write import Content, temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
-from hra_fx.layers.containers import ANCHOR, KEPT
+from hra_fx.layers.containers import KEPT
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers
 from hra_fx.selection.suggestions import some_of
 
 PREFIX = "base_model.model."
-#: The key of the vectors before Gram-Schmidt, which are stored with their orthonormal chain to resume training.
-VECTORS = "hra_vectors"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _MAX_LISTED = 10
 _SAVED_BY = (
@@ -166,11 +164,6 @@ def reflection_key(path: str) -> str:
     return f"{PREFIX}{path}.{REFLECTION}"
 
 
-def vectors_key(path: str) -> str:
-    """Key of an adapted layer's vectors before Gram-Schmidt; PEFT ignores it."""
-    return f"{PREFIX}{path}.{VECTORS}"
-
-
 def copy_key(path: str, name: str, *, adapted: bool) -> str:
     """Key of a trained copy. For a bias in an adapted layer (`adapted`), it contains the name of PEFT's wrapper."""
     return f"{PREFIX}{path}.base_layer.{name}" if adapted else f"{PREFIX}{path}.{name}"
@@ -179,11 +172,6 @@ def copy_key(path: str, name: str, *, adapted: bool) -> str:
 def vectors_entry(path: str, name: str) -> str:
     """Entry of an adapter's vectors in the model's `state_dict`."""
     return f"{path}.{REFLECTION}.{name}"
-
-
-def anchor_entry(path: str, name: str) -> str:
-    """Entry of an adapter's anchor."""
-    return f"{path}.{REFLECTION}.{name}{ANCHOR}"
 
 
 def kept_entry(path: str, name: str) -> str:

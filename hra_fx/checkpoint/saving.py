@@ -1,9 +1,5 @@
 """`save_adapter`: write an adapter in PEFT's format, so that PEFT loads it with the same outputs.
 
-PEFT does not have anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of
-reflections, with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume
-training (`hra_fx.checkpoint.adapter`), and a key that PEFT ignores contains the vectors before Gram-Schmidt.
-
 Source of the model card: PEFT 0.21, `PeftModel.create_or_update_model_card`.
 """
 
@@ -20,19 +16,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.adapter import Resume
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
 from hra_fx.checkpoint.folder import (
     PREFIX,
     adapter_entries,
-    anchor_entry,
     copy_entry,
     copy_key,
     kept_entry,
     output_folder,
     reflection_key,
     vectors_entry,
-    vectors_key,
     write,
     write_files,
     write_weights,
@@ -218,45 +211,34 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         )
     tensors: dict[str, Tensor] = {}
     scale = layers[sites[0]].hra_u.scales.get(name, 1.0)  # which is the same in all layers
-    resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     for path in sites:
-        if scale != 1:
-            tensors[reflection_key(path)] = layers[path].hra_u.chain(name)
-            continue
-        part = _part_of(layers[path].hra_u, state, path, name)
-        if part.anchor is None:
-            tensors[reflection_key(path)] = part.vectors()
-            continue
-        tensors[reflection_key(path)] = part.chain()
-        if config.apply_GS:
-            tensors[vectors_key(path)] = part.vectors()
+        adapters = layers[path].hra_u
+        vectors = _part_of(adapters, state, path, name).vectors() if scale == 1 else adapters.chain(name)
+        tensors[reflection_key(path)] = vectors
     owners = all_copies(root)
     for path, entry in copies_of(root, name):
         key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
         tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
-    if scale != 1:  # a plain chain, which cannot be split into an anchor and trained vectors
-        resume = Resume(dataclasses.replace(resume.saved_config, apply_GS=False), has_anchors=False)
+    if scale != 1:  # plain reflections
+        config = dataclasses.replace(config, apply_GS=False)
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
     chains = {path: detached[reflection_key(path)] for path in sites}
-    if resume.config.apply_GS and not resume.has_anchors:
+    if config.apply_GS:
         chains = {path: ChainPart(chain, apply_GS=True).chain() for path, chain in chains.items()}
     row = write_base_row({path: layers[path] for path in sites}, chains)
-    metadata = {"format": "pt", **resume.metadata(), **row}
-    return _inference_config(root, resume.saved_config), detached, metadata
+    return _inference_config(root, config), detached, {"format": "pt", **row}
 
 
 def _entries(adapters: HouseholderAdapters, path: str, name: str) -> list[str]:
-    """The entries of a state that the chain of an adapter is computed from: also its anchor and kept directions."""
-    anchor = [anchor_entry(path, name)] if adapters.anchor(name) is not None else []
+    """The entries of a state that the chain of an adapter is computed from: also its kept directions."""
     kept = [kept_entry(path, name)] if adapters.kept(name) is not None else []
-    return [vectors_entry(path, name), *anchor, *kept]
+    return [vectors_entry(path, name), *kept]
 
 
 def _part_of(adapters: HouseholderAdapters, state: Mapping[str, Tensor], path: str, name: str) -> ChainPart:
     """An adapter of a layer, with the tensors of a state."""
     spec, trained = adapters.specs[name], full_tensor(state[vectors_entry(path, name)])
-    anchor, kept = state.get(anchor_entry(path, name)), state.get(kept_entry(path, name))
-    return ChainPart(trained, anchor, kept, spec.apply_GS, spec.pairs)
+    return ChainPart(trained, state.get(kept_entry(path, name)), spec.apply_GS, spec.pairs)
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:

@@ -26,7 +26,7 @@ def inspect(
 
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
-    """The output of `--json` for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians.
+    """The output of `--json` for an adapter: angles are in radians.
 
     The angles of a layer are the same as in `hra_fx.report`.
     """
@@ -36,11 +36,11 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     from hra_fx.reporting.row import Row, measured_fields
 
     files = read_adapter(source)
-    config, trained, chains = files.config, files.resume.config, files.chains
+    config, chains = files.config, files.chains
     dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
     rows = []
     for path, chain in chains.items():
-        r = trained.rank_of(path)
+        r = config.rank_of(path)
         # Use the file's precision, so that rounding errors of vectors that cancel are not shown as angles.
         measured = measured_fields(chain.to(working_dtype(dtype)), None)
         rows.append(Row(path, "", "", True, chain.shape[-2], r, math.prod(chain.shape[:-1]) * r, **measured))
@@ -50,10 +50,9 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "base_model": str(config.base_model_name_or_path) if config.base_model_name_or_path else None,
         "task_type": config.task_type,
         "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
-        "r": trained.r,
-        "rank_pattern": trained.rank_pattern,
-        "gram_schmidt": trained.apply_GS,
-        "anchor": max(map(files.resume.anchor, chains)),
+        "r": config.r,
+        "rank_pattern": config.rank_pattern,
+        "gram_schmidt": config.apply_GS,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(row.parameters for row in rows),
         "saved": files.others,
@@ -71,8 +70,7 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             "base model": summary["base_model"] or "unknown",
             "task": summary["task_type"] or "",
             "vectors": f"{summary['dtype']}, r = {low_to_high([row.r for row in rows])}"
-            + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"]
-            + f", and {counted(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
+            + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"],
             "trainable": f"{counted(summary['parameters'], 'parameter')} in {counted(len(rows), 'layer')}",
             "also in it": _some(summary["saved"]),
             "targets": _some(summary["target_modules"]),

@@ -37,8 +37,8 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
     Args:
         onnx_program: the result of `torch.onnx.export(model, ..., dynamo=True, optimize=False)`; modified in place.
         model: the transformed model that was exported. It must have one active adapter with plain vectors
-            (`pairs=False`): without trained copies and Gram-Schmidt, at scale 1, without an anchor (an even rank, or
-            `init_weights=False`), and without directions that `hra_fx.protect` keeps.
+            (`pairs=False`): without trained copies and Gram-Schmidt, at scale 1, and without directions that
+            `hra_fx.protect` keeps.
 
     Returns:
         `onnx_program`.
@@ -65,7 +65,6 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
             "Gram-Schmidt": reflection.specs[name].apply_GS,
             "pairs of vectors": reflection.specs[name].pairs,
             "directions that it keeps": reflection.kept(name) is not None,
-            "an anchor (frozen reflections)": reflection.anchor(name) is not None,
             "a scale other than 1": name in reflection.scales,
         }
         for reason in (reason for reason, holds in unsupported.items() if holds):
@@ -96,7 +95,7 @@ def adapter_inputs(
 ) -> dict[str, numpy.ndarray[Any, Any]]:
     """Create the inputs that make a graph from `make_swappable` run an adapter of the model, active or not.
 
-    Gram-Schmidt, anchors and scales are converted to plain vectors, which are padded with zeros to the rank of the
+    Gram-Schmidt and scales are converted to plain vectors, which are padded with zeros to the rank of the
     graph. Layers without this adapter get zeros.
 
     Args:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from hra_fx.functional import householder
 from hra_fx.functional.pairs import from_pairs
 
 #: The bits of `ChainPart.form`.
-_PAIRS, _GS, _ANCHORED, _KEPT = 1, 2, 4, 8
+_PAIRS, _GS, _KEPT = 1, 2, 4
 
 
 class ChainPart(NamedTuple):
@@ -19,14 +18,12 @@ class ChainPart(NamedTuple):
 
     Attributes:
         trained: the parameter: vectors `U: (d, r)`, or pairs of them, `(d, r / 2, 2)`.
-        anchor: frozen vectors `A: (d, a)` in front of them.
         kept: orthonormal columns `V: (d, n)`, the directions that the adapter does not change.
         apply_GS: whether Gram-Schmidt makes the vectors orthonormal.
         pairs: whether `trained` contains pairs.
     """
 
     trained: Tensor
-    anchor: Tensor | None = None
     kept: Tensor | None = None
     apply_GS: bool = False
     pairs: bool = False
@@ -35,18 +32,16 @@ class ChainPart(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """The tensors that the part is computed from."""
-        return [tensor for tensor in self[:3] if tensor is not None]
+        return [tensor for tensor in self[:2] if tensor is not None]
 
     def form(self) -> int:
         """A number that says which tensors the part has, and how its chain is computed."""
-        return (
-            _ANCHORED * (self.anchor is not None) + _KEPT * (self.kept is not None) + _GS * self.apply_GS + self.pairs
-        )
+        return _KEPT * (self.kept is not None) + _GS * self.apply_GS + self.pairs
 
     @staticmethod
     def names(form: int) -> list[str]:
         """The names of the tensors of a part of this form, in the order of `tensors`."""
-        return ["trained", *(["anchor"] if form & _ANCHORED else []), *(["kept"] if form & _KEPT else [])]
+        return ["trained", *(["kept"] if form & _KEPT else [])]
 
     @staticmethod
     def of_form(form: int, **tensors: Tensor) -> ChainPart:
@@ -55,8 +50,7 @@ class ChainPart(NamedTuple):
 
     def rank(self) -> int:
         """The number of reflections."""
-        own = 2 * self.trained.shape[-2] if self.pairs else self.trained.shape[-1]
-        return own + (0 if self.anchor is None else self.anchor.shape[-1])
+        return 2 * self.trained.shape[-2] if self.pairs else self.trained.shape[-1]
 
     def vectors(self) -> Tensor:
         """The vectors `(..., d, r)`: `U`, without its part along `V`. With Gram-Schmidt, before it."""
@@ -64,20 +58,11 @@ class ChainPart(NamedTuple):
         return vectors if self.kept is None else without(vectors, self.kept)
 
     def chain(self) -> Tensor:
-        """The plain reflections `(..., d, k)`: `[A | U]`, or `[A | V]` with Gram-Schmidt.
+        """The plain reflections `(..., d, r)`: the vectors, or their Gram-Schmidt basis.
 
         They are in at least float32, except for vectors that are used as they are.
         """
-        chain = householder.orthonormalize(self.vectors()) if self.apply_GS else self.vectors()
-        if self.anchor is None:
-            return chain
-        anchor = self.anchor.to(chain.dtype)
-        if self.kept is not None:
-            anchor = without(anchor, self.kept)
-            # Gram-Schmidt of the anchor is again that of the vectors from which the anchor was made, so an adapter
-            # that starts as the identity still does.
-            anchor = householder.orthonormalize(anchor) if self.apply_GS else anchor
-        return torch.cat([anchor, chain], dim=-1)
+        return householder.orthonormalize(self.vectors()) if self.apply_GS else self.vectors()
 
 
 def without(vectors: Tensor, kept: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ from hra_fx.functional.householder import normalize, span
 def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
     """Compute a chain for `Q(alpha)`, the point at `alpha` on the path from `I` to `Q`; also for a batch of chains.
 
-    It is computed in float64 on the CPU, without a gradient. If `Q` rotates planes by pi (as for Gram-Schmidt without
-    an anchor), the path is not unique, but the result is deterministic.
+    It is computed in float64 on the CPU, without a gradient. If `Q` rotates planes by pi (as with
+    Gram-Schmidt), the path is not unique, but the result is deterministic.
 
     A zero column of `U: (d, k)` gives the identity. `alpha` is from 0 (the identity) to 1 (`Q`).
 
@@ -87,8 +87,7 @@ def _unit_columns(chain: Tensor) -> Tensor:
     vectors = normalize(vectors[:, vectors.ne(0).any(dim=0)])
     if vectors.shape[1] % 2:
         raise AdapterError(
-            "an odd number of reflections (determinant -1) has no path from the identity. Train with hra_fx and "
-            "init_weights=True, which adds an anchor; or with an even r and apply_GS=False."
+            "an odd number of reflections (determinant -1) has no path from the identity. Train with an even r."
         )
     return vectors
 

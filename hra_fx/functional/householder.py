@@ -205,46 +205,20 @@ def basis_of_products(vectors: Tensor) -> Tensor:
     return basis
 
 
-def init_vectors(
-    d: int,
-    r: int,
-    *,
-    apply_GS: bool,
-    init_weights: bool,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor | None]:
-    """Create initial vectors `U` of an adapter, and a frozen anchor `A`, so that training starts at `Q(A) Q(U) = I`.
+def init_vectors(d: int, r: int, *, apply_GS: bool, init_weights: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Create the initial vectors `U: (d, r)` of an adapter, on the CPU, from torch's default generator.
 
-    `init_weights=True` draws half of the columns and repeats each of them, as PEFT does (for even `r` and the same
-    seed, with the same values), because `H H = I`. With an odd rank, the last column has no partner. Gram-Schmidt needs
-    linearly independent columns, so all columns are drawn. In these two cases, `Q(U)` cannot be the identity: an odd
-    number of reflections has determinant -1, and `I - 2 V V^T` has `r` eigenvalues -1. But `Q(U)` is its own inverse,
-    so the anchor is a copy of the reflected directions: the last column, or all of `V`.
-
-    `init_weights=False` starts with random vectors and without an anchor.
-
-    Returns:
-        `U: (d, r)`, drawn on the CPU from torch's default generator, and `A`: `(d, r)` for Gram-Schmidt, `(d, 1)` for
-        an odd rank, else `None`. Both are contiguous and have the dtype `dtype`.
+    `init_weights=True` draws half of the columns and repeats each of them, as PEFT does (for the same seed, with the
+    same values), so that `Q = I`, because `H H = I`. This is not possible for an odd rank, whose `Q` has determinant
+    -1, or with Gram-Schmidt, which needs linearly independent columns. In these cases, and for `init_weights=False`,
+    all columns are drawn.
 
     Example:
-        >>> U, A = init_vectors(5, 3, apply_GS=False, init_weights=True)
-        >>> bool((U[:, 0] == U[:, 1]).all()), U.shape, A.shape
-        (True, torch.Size([5, 3]), torch.Size([5, 1]))
+        >>> U = init_vectors(5, 4, apply_GS=False, init_weights=True)
+        >>> bool((U[:, 0::2] == U[:, 1::2]).all()), U.shape
+        (True, torch.Size([5, 4]))
     """
-    paired = init_weights and not apply_GS
-    vectors = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="cpu")
+    repeated = init_weights and not apply_GS and r % 2 == 0
+    vectors = torch.zeros(d, r // 2 if repeated else r, dtype=dtype, device="cpu")
     nn.init.kaiming_uniform_(vectors, a=math.sqrt(5))
-    if paired:
-        vectors = vectors.repeat_interleave(2, dim=1)[:, :r].contiguous()
-    if not init_weights or not anchor_rank(r, apply_GS=apply_GS):
-        return vectors, None
-    if apply_GS:
-        # torch.export.save warns about tensors that are not contiguous.
-        return vectors, orthonormalize(vectors).to(dtype).contiguous()
-    return vectors, vectors[:, -1:].clone().contiguous()
-
-
-def anchor_rank(r: int, *, apply_GS: bool) -> int:
-    """The number of vectors in the anchor of `init_vectors`; 0 if no anchor is needed."""
-    return r if apply_GS else r % 2
+    return vectors.repeat_interleave(2, dim=1) if repeated else vectors

@@ -44,10 +44,8 @@ class LowRankDelta(NamedTuple):
     error: float
 
 
-def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+def core(chain: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the small core of `Q - I = V K V^T`.
-
-    `Q` is treated as the identity if it differs from the identity by at most `noise`, in the spectral norm.
 
     Returns:
         `V: (d, m)` with `V^T V = I` and `K: (m, m)`, `m <= min(d, k)`; float64 on the CPU, detached. `m = 0` if `Q`
@@ -56,19 +54,10 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     # Two steps, because some devices (mps) do not support float64.
     V, moved = span(normalize(chain.detach().cpu().double()))
     K = -moved
-    tiny = max(noise, 8 * chain.shape[1] * torch.finfo(K.dtype).eps)
+    tiny = 8 * chain.shape[1] * torch.finfo(K.dtype).eps
     if not K.numel() or float(torch.linalg.matrix_norm(K, 2)) <= tiny:
         return V[:, :0], K[:0, :0]
     return V, K
-
-
-def anchor_noise(r: int, dtype: torch.dtype) -> float:
-    """Bound the distance of a new Gram-Schmidt adapter's `Q` from the identity, which is caused by the rounded anchor.
-
-    For vectors that were cast to 16 bits, the value for float32 is used: in 16 bits, a small rotation cannot be
-    distinguished from rounding.
-    """
-    return 2 * r * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def project(rows: Tensor, V: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False) 
     Args:
         weight: `(out, d)`, the weight of a convolution `(out, ...)` with `d` entries per output channel, or
             `(d, out)` if `transposed`; for several experts, `(experts, out, d)` or `(experts, d, out)`.
-        vectors: `U: (d, k)`, a chain of reflections (with anchor and Gram-Schmidt already applied); the columns may
+        vectors: `U: (d, k)`, a chain of reflections (after Gram-Schmidt); the columns may
             have any length. For several experts, `(experts, d, k)`.
         transposed: whether the weight is stored as `(d, out)`, like that of transformers' `Conv1D`.
 

@@ -5,9 +5,9 @@ layers take the same number of operators. TorchDynamo records the batch as one o
 
     hra_fx::batched_factors(tensors[], forms[], dtype) -> Tensor[]
 
-`tensors` are the parameters of the first part of each layer's chain, then its anchors and kept directions, if it has
-any; then those of the second part, and so on. `forms` has an entry for each part (`ChainPart.form`). The result is `R`
-and `F` of the first layer, then of the second, and so on.
+`tensors` are the parameters of the first part of each layer's chain, then its kept directions, if it has any; then
+those of the second part, and so on. `forms` has an entry for each part (`ChainPart.form`). The result is `R` and `F` of
+the first layer, then of the second, and so on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
     tensors: list[Tensor] = []
     for parts in zip(*layers, strict=True):
         tensors += [part.trained for part in parts]
-        tensors += [part.anchor for part in parts if part.anchor is not None]
         tensors += [part.kept for part in parts if part.kept is not None]
     compute = torch.ops.hra_fx.batched_factors.default if is_compiling() else _compute
     factors = compute(tensors, [part.form() for part in layers[0]], dtype)

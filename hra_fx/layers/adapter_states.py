@@ -24,6 +24,8 @@ _ROUNDING = 1e-3
 def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
     """Check the entries of an adapter in a state, for its `HouseholderAdapters`. `key` is that of the parameter."""
     spec, given, kept = adapters.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
+    if f"{key}_anchor" in state_dict and f"{name}_anchor" not in adapters:
+        errors.append(f"{key}_anchor: frozen vectors, which were removed in 0.5. Load the adapter's file instead.")
     if given is None:
         return
     if name in adapters.scales:

@@ -1,8 +1,7 @@
 """The adapters of one layer: `<layer>.hra_u`, a `ParameterDict` that can be called.
 
 The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functional.pairs`), or vectors as in PEFT,
-`(d, r)`. An adapter with an anchor (`householder.init_vectors`) stores these frozen vectors in the buffer
-`hra_u.<adapter>_anchor`, and directions that it does not change in the buffer `hra_u.<adapter>_kept`.
+`(d, r)`. Directions that an adapter does not change are in the buffer `hra_u.<adapter>_kept`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from hra_fx.functional.pairs import pairs_shape, to_pairs
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapter_states import prepare_load
-from hra_fx.layers.containers import ANCHOR, KEPT, SCALED, FilledLater, check_adapter_name
+from hra_fx.layers.containers import KEPT, SCALED, FilledLater, check_adapter_name
 from hra_fx.layers.running import Run, during
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
@@ -38,7 +37,7 @@ class AdapterSpec:
     Attributes:
         r: number of trained vectors.
         apply_GS: whether Gram-Schmidt makes them orthonormal first.
-        init_weights: start at the identity (with an anchor if needed), or with random vectors like PEFT's `False`.
+        init_weights: start at the identity, if `householder.init_vectors` can; otherwise with random vectors.
         pairs: whether the parameter contains pairs of vectors.
     """
 
@@ -121,21 +120,14 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         `on_meta`, or on the meta device, they are created without data and without random numbers.
         """
         dtype, on_meta = householder.working_dtype(dtype), on_meta or device.type == "meta"
-        vectors, anchor = self.initial_on_meta(spec, dtype) if on_meta else self.initial(spec, dtype)
-        device = vectors.device if on_meta else device
-        self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
+        empty = torch.empty(self.vectors_shape(spec.r), dtype=dtype, device="meta")
+        self.put(name, spec, empty if on_meta else self.initial(spec, dtype).to(device))
 
-    def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Create new vectors `U: (d, r)` and their anchor (`householder.init_vectors`), on the CPU."""
+    def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> Tensor:
+        """Create new vectors `U: (d, r)` (`householder.init_vectors`), on the CPU."""
         return householder.init_vectors(
             self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype
         )
-
-    def initial_on_meta(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Like `initial`, on the meta device."""
-        anchored = householder.anchor_rank(spec.r, apply_GS=spec.apply_GS) if spec.init_weights else 0
-        made = [torch.empty(self.vectors_shape(r), dtype=dtype, device="meta") for r in (spec.r, anchored)]
-        return made[0], made[1] if anchored else None
 
     def vectors_shape(self, r: int) -> tuple[int, ...]:
         """The shape of the vectors of an adapter of rank `r`: `(d, r)`."""
@@ -147,25 +139,20 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         shape = self.vectors_shape(spec.r)
         return pairs_shape(shape) if spec.pairs else shape
 
-    def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
-        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active."""
+    def put(self, name: str, spec: AdapterSpec, vectors: Tensor) -> None:
+        """Add an adapter with given vectors `U: (d, r)`. The adapter is not active."""
         check_adapter_name(name, self)
         self[name] = nn.Parameter(to_pairs(vectors).to(vectors.dtype) if spec.pairs else vectors)
-        if anchor is not None:
-            self.register_buffer(name + ANCHOR, anchor)
         self.specs[name] = spec
 
-    def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
-        """Set the vectors of an adapter, and its anchor. A parameter on the meta device is created on `device`."""
+    def replace(self, name: str, vectors: Tensor, device: torch.device) -> None:
+        """Set the vectors of an adapter. A parameter on the meta device is created on `device`."""
         own = self[name]
         new = to_pairs(vectors) if self.specs[name].pairs else vectors
         if own.is_meta:
             self[name] = nn.Parameter(new.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
             own.copy_(distribute_like(new, own))
-        self._buffers.pop(name + ANCHOR, None)
-        if anchor is not None:
-            self.register_buffer(name + ANCHOR, anchor.to(self[name].device, own.dtype))
 
     def remove(self, name: str) -> None:
         """Remove an adapter, if it exists."""
@@ -174,7 +161,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         del self[name], self.specs[name]
         self.scales.pop(name, None)
         self.shares.pop(name, None)
-        for suffix in (ANCHOR, KEPT, SCALED):
+        for suffix in (KEPT, SCALED):
             self._buffers.pop(name + suffix, None)
         self.set_active(other for other in self.active if other != name)
 
@@ -226,10 +213,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             prepare_load(self, name, state_dict, prefix + name, errors)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def anchor(self, name: str) -> Tensor | None:
-        """The anchor `A` of an adapter, `(d, 1)` or `(d, r)`, or `None`."""
-        return self._buffers.get(name + ANCHOR)
-
     def kept(self, name: str) -> Tensor | None:
         """The directions that an adapter does not change: orthonormal columns `V: (d, n)`, or `None`."""
         return self._buffers.get(name + KEPT)
@@ -240,10 +223,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
         Its chain does not have the parts of the vectors along the previous directions, so these parts become zero.
         """
-        vectors, kept, anchor = self[name], self.kept(name), self.anchor(name)
+        vectors, kept = self[name], self.kept(name)
         if kept is not None and not vectors.is_meta:
-            if anchor is not None:
-                anchor.copy_(self.chain(name, vectors.dtype)[..., : anchor.shape[-1]])
             flat = vectors.flatten(-2) if self.specs[name].pairs else vectors
             vectors.copy_(without(flat, distribute_like(kept, vectors)).view(vectors.shape))
         self._buffers.pop(name + KEPT, None)
@@ -258,8 +239,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`.
 
-        These are `[A | U]`, or `[A | V]` with Gram-Schmidt. If `dtype` is given, shards of the vectors are gathered
-        from all processes.
+        If `dtype` is given, shards of the vectors are gathered from all processes.
         """
         scaled = self._buffers.get(name + SCALED)
         if scaled is not None:
@@ -268,8 +248,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
     def part(self, name: str, trained: Tensor) -> ChainPart:
         """An adapter at full scale as a part of a chain; `trained` is its parameter, or a copy of it."""
-        spec, buffers = self.specs[name], self._buffers
-        return ChainPart(trained, buffers.get(name + ANCHOR), buffers.get(name + KEPT), spec.apply_GS, spec.pairs)
+        spec = self.specs[name]
+        return ChainPart(trained, self.kept(name), spec.apply_GS, spec.pairs)
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Several adapters as one chain, in order; its vectors have any length. `None` if they are all the identity."""
@@ -289,9 +269,9 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             if name not in self.scales:
                 held = self._parameters.get(name)  # a replica of DataParallel does not have parameters
                 held = self[name] if held is None else held
-                spec, anchor, kept = self.specs[name], buffers.get(name + ANCHOR), buffers.get(name + KEPT)
+                spec = self.specs[name]
                 # Not `part`: a call for each layer in each forward counts.
-                parts.append(ChainPart(held, anchor, kept, spec.apply_GS, spec.pairs))
+                parts.append(ChainPart(held, buffers.get(name + KEPT), spec.apply_GS, spec.pairs))
             elif self.scales[name]:
                 parts.append(ChainPart(buffers[name + SCALED]))
         return parts

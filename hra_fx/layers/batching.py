@@ -242,7 +242,7 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
     FSDP, offloading and ZeRO-3 remove the data of vectors between calls of their layer.
     """
     found: tuple[object, ...] = ()
-    for trained, anchor, kept, apply_GS, pairs in parts:
+    for trained, kept, apply_GS, pairs in parts:
         shape = trained.shape
         if type(trained) not in PLAIN or trained.is_meta or len(shape) != 2 + pairs or shape[0] != width:
             return None
@@ -252,7 +252,6 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
             return None
         found += (apply_GS, pairs, shape, trained.dtype, trained.device)
         # Not a comprehension, which is a call in Python 3.11: this runs for each layer in each forward.
-        found += (None if anchor is None else (anchor.shape, anchor.device),)
         found += (None if kept is None else (kept.shape, kept.device),)
     return found
 

@@ -30,11 +30,9 @@ class ExpertsAdapters(HouseholderAdapters):
         super().__init__(layer.width, "experts", fan_in_fan_out=layer.fan_in_fan_out)
         self.experts = layer.experts
 
-    def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Create new vectors for every expert, `(experts, d, r)`, and their anchors."""
-        made = [super(ExpertsAdapters, self).initial(spec, dtype) for _ in range(self.experts)]
-        anchors = [anchor for _, anchor in made if anchor is not None]
-        return torch.stack([vectors for vectors, _ in made]), torch.stack(anchors) if anchors else None
+    def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> Tensor:
+        """Create new vectors for every expert, `(experts, d, r)`."""
+        return torch.stack([super(ExpertsAdapters, self).initial(spec, dtype) for _ in range(self.experts)])
 
     def vectors_shape(self, r: int) -> tuple[int, ...]:
         """The shape of the vectors of an adapter of rank `r`: `(experts, d, r)`."""

@@ -86,15 +86,13 @@ def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int 
     with loaded(owner), gathered(dict.fromkeys((owner, layer, *adapters.modules()))):
         for name in names:
             check_foldable(path, layer.hra_base, adapters[name], apply_GS=adapters.specs[name].apply_GS, adapter=name)
-        anchored = [name for name in names if adapters.specs[name].apply_GS and adapters.anchor(name) is not None]
-        noise = sum(low_rank.anchor_noise(adapters[name].shape[-1], adapters[name].dtype) for name in anchored)
         rows, kernel = _rows(layer)
         chain = adapters.joint_vectors(names, torch.float32 if rows.device.type == "mps" else torch.float64)
         chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
         chains = _finite(path, chain if chain.dim() == 3 else chain[None])
         changes = []
         for W, U in zip(rows, chains, strict=True):
-            V, K = low_rank.core(U, noise)
+            V, K = low_rank.core(U)
             # A weight that does not change is not read.
             projected = low_rank.project(W, V) if len(K) else torch.zeros(len(W), 0, dtype=torch.float64)
             changes.append(low_rank.low_rank_delta(_finite(path, projected), V, K, rank))

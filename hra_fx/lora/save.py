@@ -92,8 +92,8 @@ def convert_to_lora(
     """Convert adapters to a LoRA in PEFT's format, without approximation: `W Q = W + B A`.
 
     The factors are computed in float64, with the numerical rank of each layer's change, and balanced: `A` and `B` have
-    the same singular values. The rank is at most `r`; with an anchor, it is at most `r + 1` for odd ranks and `2 r` for
-    Gram-Schmidt. An untrained adapter does not change the weights and becomes a LoRA of rank 1 with zeros.
+    the same singular values. The rank is at most `r`. An untrained adapter that does not change the weights
+    becomes a LoRA of rank 1 with zeros.
 
     Args:
         model: a transformed model, whose adapters may be merged, or a model with PEFT's HRA. It is not changed. With

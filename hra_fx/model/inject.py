@@ -83,15 +83,19 @@ def inject_adapter(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Mod
 
 def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactory:
     """Return a function that adds new vectors, initialized as configured."""
+    warned = False
 
     def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
+        nonlocal warned
         r = config.rank_of(path)
-        spec = AdapterSpec(r, config.apply_GS, config.init_weights, config.trains_pairs(path))
-        if config.pairs and not config.apply_GS and r % 2:
+        if config.init_weights and (config.apply_GS or r % 2) and not warned:
+            warned, cause = True, "apply_GS=True" if config.apply_GS else f"r = {r} is odd"
             text = (
-                f"adapter {name!r}: r = {r} is odd, so it trains vectors, which learn less than pairs. Use an even r."
+                f"adapter {name!r}: {cause}, so it does not start as the base model, and trains vectors, which learn "
+                "less than pairs. Use an even r without Gram-Schmidt."
             )
             warnings.warn(text, HRAWarning, stacklevel=2)
+        spec = AdapterSpec(r, config.apply_GS, config.init_weights, config.trains_pairs(path))
         weight, device = adapters.weight_of(layer), adapters.device_of(layer)
         adapters.add(name, spec, weight.dtype, device, on_meta=on_meta)
 

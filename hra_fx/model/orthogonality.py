@@ -20,7 +20,7 @@ from hra_fx.model.whole import check_whole
 def orthogonality_loss(model: nn.Module) -> Tensor:
     """Compute the sum of `|U_n^T U_n - I|_F` over adapted layers and active adapters; add it to the training loss.
 
-    `U: (d, r)` are the trained vectors of an adapter, without its frozen anchor, and `U_n` are the same vectors
+    `U: (d, r)` are the trained vectors of an adapter, and `U_n` are the same vectors
     normalized (gradients include the normalization). Adapters with Gram-Schmidt are orthonormal and contribute zero,
     and so do adapters at a scale other than 1, which are not trained.
     For two equal vectors, as at the start with `init_weights=True`, the penalty is largest and its gradient is zero:

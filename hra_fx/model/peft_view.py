@@ -174,8 +174,8 @@ def _add(
         )
 
     def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
-        spec = AdapterSpec(vectors[path].shape[1], config.apply_GS, init_weights=False)
-        adapters.put(name, spec, vectors[path].detach(), None)
+        spec = AdapterSpec(vectors[path].shape[1], config.apply_GS, config.init_weights)
+        adapters.put(name, spec, vectors[path].detach())
         adapters[name] = vectors[path]  # the same parameter, so that an optimizer keeps working
 
     if (state := get_state(root)) is None:

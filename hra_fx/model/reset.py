@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -23,7 +22,7 @@ def reset_adapters(
     *,
     device: torch.device | str | None = None,
 ) -> None:
-    """Initialize adapters again as configured: vectors, anchors and trained copies.
+    """Initialize adapters again as configured: vectors and trained copies.
 
     `transform` of a model on the meta device creates vectors without data. Call this function when the model has its
     weights (after `to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors
@@ -62,7 +61,7 @@ def reset_adapters(
         _check_values(root, name, base[name], device)
     with torch.inference_mode(False):
         for name in names:
-            replace_values(root, name, _start_of(state, name), base[name], device)
+            replace_values(root, name, _start_of(name), base[name], device)
 
 
 def _base_tensors(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
@@ -74,12 +73,11 @@ def _base_tensors(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
     }
 
 
-def _start_of(state: AdapterState, name: str) -> Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]]:
+def _start_of(name: str) -> Callable[[str, AdaptedLayer], Tensor]:
     """Return a function that draws the vectors of a layer as `transform` does."""
 
-    def draw(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
-        spec = dataclasses.replace(layer.hra_u.specs[name], init_weights=state.configs[name].init_weights)
-        dtype = householder.working_dtype(layer.hra_u[name].dtype)
+    def draw(path: str, layer: AdaptedLayer) -> Tensor:
+        spec, dtype = layer.hra_u.specs[name], householder.working_dtype(layer.hra_u[name].dtype)
         return on_first_rank([layer.hra_u[name]], lambda: layer.hra_u.initial(spec, dtype))
 
     return draw
@@ -123,13 +121,13 @@ def layers_of(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
 def replace_values(
     root: nn.Module,
     name: str,
-    vectors: Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]],
+    vectors: Callable[[str, AdaptedLayer], Tensor],
     copies: Mapping[tuple[str, str], Tensor],
     device: torch.device | str | None = None,
 ) -> None:
     """Replace the values of an adapter in place. Tensors on the meta device are replaced by new tensors.
 
-    `vectors` returns `U: (d, r)` and the anchor of a layer, and is called in the order of `layers_of`. `copies` is
+    `vectors` returns `U: (d, r)` of a layer, and is called in the order of `layers_of`. `copies` is
     (path of a module, name of its tensor) -> value of a trained copy. Every process that has shards must call this.
     Without `device`, tensors on the meta device get the device of the base weight, or the CPU.
     """
@@ -139,7 +137,7 @@ def replace_values(
         new = {path: vectors(path, layer) for path, layer in layers.items()}  # an error here changes nothing
         for path, layer in layers.items():
             place = device or device_of_values(layer.hra_u.device_of(layer))
-            layer.hra_u.replace(name, *new[path], torch.device(place))
+            layer.hra_u.replace(name, new[path], torch.device(place))
         for (path, entry), value in copies.items():
             owner, held = owners[path]
             own = held.get(owner, name, entry)

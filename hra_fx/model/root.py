@@ -20,7 +20,6 @@ from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.batching import factors_in_traced_batches, start_of_forward
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
-from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
@@ -79,7 +78,7 @@ class AdaptedModel(SwapMixin):
         """Rename entries. This is called before the children load their entries."""
         self._refuse_across_a_merge(state_dict, prefix, rest[-1])
         parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
-        theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}  # the adapters in the state_dict
+        theirs = {name for path, _, name in parts if path}  # the adapters in the state_dict
         # Every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):
             if (copies := get_copies(owner)) is not None:

@@ -49,12 +49,21 @@ def test_training_flags_are_kept_and_vectors_are_trainable_under_no_grad() -> No
     assert model[0].hra_u["default"].grad is not None
 
 
-def test_an_odd_rank_is_warned_about_unless_vectors_are_wanted() -> None:
-    with pytest.warns(errors.HRAWarning, match="adapter 'default': r = 3 is odd, .* Use an even r"):
-        hra_fx.transform(mlp(), config("0", r=3))
+def test_a_start_that_is_not_the_base_model_is_warned_about_unless_it_is_wanted() -> None:
+    for fields, cause in (
+        ({"r": 3}, "r = 3 is odd"),
+        ({"rank_pattern": {"3": 1}, "r": 2}, "r = 1 is odd"),
+        ({"apply_GS": True}, "apply_GS=True"),
+    ):
+        text = f"^adapter 'default': {cause}, so it does not start as the base model, and trains vectors, which learn "
+        with pytest.warns(
+            errors.HRAWarning, match=text + "less than pairs. Use an even r without Gram-Schmidt.$"
+        ) as seen:
+            hra_fx.transform(mlp(), config("0", "3", **fields))
+        assert len(seen) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hra_fx.transform(mlp(), config("0", r=3, pairs=False))
+        hra_fx.transform(mlp(), config("0", r=3, init_weights=False))
         hra_fx.transform(mlp(), config("0", r=4))
 
 

@@ -63,18 +63,19 @@ def wanted(base: Any, adapters: list[Path]) -> dict[str, Tensor]:
     """The state of a base model with the vectors and trained tensors in the files of adapters, by dense products."""
     state = {name: tensor.double() for name, tensor in base.state_dict().items()}
     for folder in adapters:
+        apply_GS = hra_fx.HRAConfig.from_pretrained(folder).apply_GS
         for key, tensor in tensors(folder).items():
             path, _, last = key.removeprefix("base_model.model.").rpartition(".")
             if last == "hra_u" and ".hra_" in path:
                 name = path.replace(".hra_", ".")
                 transposed = moe_models.is_transposed(base, name)
-                state[name] = moe_models.dense_experts(state[name], tensor.double(), transposed)
+                state[name] = moe_models.dense_experts(state[name], tensor.double(), transposed, apply_GS=apply_GS)
             elif last == "hra_u":
                 turned = isinstance(base.get_submodule(path), nn.Linear | nn.Conv2d)
                 weight = state[f"{path}.weight"] if turned else state[f"{path}.weight"].mT
-                rotated = dense_weight(weight, dense_q(tensor))
+                rotated = dense_weight(weight, dense_q(tensor, apply_GS=apply_GS))
                 state[f"{path}.weight"] = rotated if turned else rotated.mT
-            elif last != "hra_vectors":
+            else:
                 state[f"{path}.{last}".replace(".base_layer.", ".")] = tensor.double()
     return state
 

@@ -83,7 +83,7 @@ def test_other_bases_are_a_warning(other: str, case: Case, tmp_path: Path) -> No
 
 def test_a_fresh_adapter_fits_its_own_folded_base_and_a_merged_one_does_not(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(24, 16))
-    fresh = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=3, target_modules=["0"]))
+    fresh = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["0"]))
     hra_fx.save_adapter(fresh, tmp_path)
     hra_fx.load_adapter(hra_fx.fold(fresh), tmp_path)
     merged = adapted(base)

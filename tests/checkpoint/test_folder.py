@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
-    """safetensors itself writes metadata in a random order; with an anchor, there are three entries."""
+    """safetensors itself writes metadata in a random order."""
     for i in range(5):
         adapter(tmp_path / str(i), r=3)
     assert len({(tmp_path / str(i) / WEIGHTS_NAME).read_bytes() for i in range(5)}) == 1

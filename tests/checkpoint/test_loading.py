@@ -114,7 +114,6 @@ def test_pairs_in_16_bits_keep_a_small_rotation_and_so_does_their_file(dtype: to
 
 @pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"apply_GS": True, "init_weights": False}], ids=str)
 def test_several_ranks_are_loaded_and_replaced(fields: dict[str, Any], tmp_path: Path) -> None:
-    """With r=3, the chain in the file has four vectors, one of which was frozen. The vectors of r=2 become pairs."""
     folder = saved(tmp_path / "first", "0", "3", r=3, rank_pattern={"3": 2}, **fields)
     again = hra_fx.load_adapter(mlp(), folder, is_trainable=True)
     assert [row.r for row in hra_fx.report(again)] == [3, 2]
@@ -128,6 +127,21 @@ def test_several_ranks_are_loaded_and_replaced(fields: dict[str, Any], tmp_path:
     assert again[0].hra_u["default"] is held
     if not fields:
         assert relative_error(again.eval()(X), by_oracle(folder)) < 1e-5
+
+
+def test_frozen_vectors_of_0_4_are_loaded_as_plain_reflections_or_refused(tmp_path: Path) -> None:
+    """The file has them in front of the trained ones, in the rank of its configuration, also with Gram-Schmidt."""
+    folder = saved(tmp_path, "0", r=4)
+    wanted = by_oracle(folder)
+    with_weights(lambda tensors: tensors.update({f"{PREFIX}0.hra_vectors": torch.ones(6, 2)}))(folder)
+    with_metadata('{"r": 2, "apply_GS": true}')(folder)
+    model: Any = hra_fx.load_adapter(mlp(), folder, is_trainable=True)
+    assert relative_error(model.eval()(X), wanted) < 1e-5
+    state = model.state_dict()
+    with pytest.raises(
+        RuntimeError, match=r"0\.hra_u\.default_anchor: frozen vectors, which were removed in 0\.5\. Load"
+    ):
+        model.load_state_dict({**state, "0.hra_u.default_anchor": torch.ones(6, 1)}, strict=False)
 
 
 def test_keys_without_pefts_prefix_are_accepted(tmp_path: Path) -> None:
@@ -200,14 +214,11 @@ def test_wrappers_do_not_change_adapters(first: str, tmp_path: Path) -> None:
 # ---- damaged files: the error names the file and the key, and the model is unchanged ----
 
 FIRST, LAST = f"{PREFIX}0.hra_u", f"{PREFIX}3.hra_u"
-VECTORS = f"{PREFIX}0.hra_vectors"
 HEAD, HEAD_BIAS = f"{PREFIX}3.weight", f"{PREFIX}3.bias"
 
 # What was saved: targets, and fields of the configuration.
 Saved = tuple[tuple[str, ...], dict[str, Any]]
 CHAIN: Saved = (("0", "3"), {"r": 4})
-ANCHORED: Saved = (("0",), {"r": 3})
-GRAM_SCHMIDT: Saved = (("0",), {"r": 3, "apply_GS": True})
 WITH_HEAD: Saved = (("0",), {"r": 2, "modules_to_save": ["3"]})
 
 
@@ -229,7 +240,6 @@ def drop(*keys: str) -> Callable[[Path], None]:
 
 NO_FILE = "no such file. Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
 NO_FORMAT = "truncated, damaged, or not a safetensors file"
-OTHER = "does not match r=4, apply_GS=False in the configuration. The two files are from different adapters"
 
 
 def shape(key: str, found: object, expected: object) -> str:
@@ -265,19 +275,14 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     # modules to save
     "no head": (WITH_HEAD, drop(HEAD, HEAD_BIAS), f"missing keys {HEAD_BIAS}, {HEAD}."),
     "shape of the head": (WITH_HEAD, put(HEAD, torch.ones(5, 8)), shape(HEAD, (5, 8), (4, 8))),
-    # the vectors before Gram-Schmidt
-    "no vectors": (GRAM_SCHMIDT, drop(VECTORS), f"missing keys {VECTORS}."),
-    "shape of the vectors": (GRAM_SCHMIDT, put(VECTORS, torch.ones(6, 6)), shape(VECTORS, (6, 6), (6, 3))),
-    # a configuration or metadata that do not match the weights
+    # a configuration that does not match the weights
     "another rank": (CHAIN, with_config(r=8), shape(FIRST, (6, 4), (6, 8))),
     "fewer targets": (
         CHAIN,
         with_config(target_modules=["0"]),
         f"unexpected keys {LAST}. Was the adapter trained on another base model, or its configuration edited?",
     ),
-    "more targets": (ANCHORED, with_config(target_modules=["0", "3"]), f"missing keys {LAST}."),
-    "Gram-Schmidt of an anchored adapter": (ANCHORED, with_config(apply_GS=True), OTHER.replace("False", "True")),
-    "metadata of another adapter": (ANCHORED, with_metadata('{"r": 5, "apply_GS": false, "anchor": 1}'), OTHER),
+    "more targets": ((("0",), {"r": 3}), with_config(target_modules=["0", "3"]), f"missing keys {LAST}."),
 }
 #: Name, what was saved, how it is damaged, the named file, the message, the type of the error.
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {

@@ -32,7 +32,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     folder = tmp_path_factory.mktemp("shelf")
     model = llama()
     base_of(model, folder / "my-model")
-    adapter_of(model, folder / "my-adapter", "q_proj", "v_proj")
+    adapter_of(model, folder / "my-adapter", "q_proj", "v_proj", r=4)
     adapter_of(model, folder / "second", "q_proj", "o_proj", seed=3, r=2)
     adapter_of(model, folder / "orthonormal", "q_proj", "o_proj", seed=4, r=2, apply_GS=True)
     return Shelf(folder, model)

@@ -54,7 +54,7 @@ def weight_name(model: nn.Module, path: str) -> str:
 
 def rotated(layer: nn.Module, weight: Tensor, box: Any, adapter: str = "default") -> Tensor:
     """`W Q` of a layer in float64, for the vectors of an adapter in its container. Differentiable in both."""
-    chain = dense_chain(box[adapter], anchor=box.anchor(adapter), apply_GS=box.specs[adapter].apply_GS)
+    chain = dense_chain(box[adapter], apply_GS=box.specs[adapter].apply_GS)
     if isinstance(layer, Conv1D):
         return reflected(weight.mT, chain).mT
     return reflected(weight.flatten(1), chain).view(weight.shape)
@@ -75,8 +75,8 @@ def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = (
             if path == owner:
                 found[name] = rotated(layer, weight, box, adapter)
             else:
-                fields: Any = {"anchor": box.anchor(adapter), "apply_GS": box.specs[adapter].apply_GS}
-                found[name] = dense_experts(weight.detach(), box[adapter], is_transposed(base, name), **fields)
+                gs = box.specs[adapter].apply_GS
+                found[name] = dense_experts(weight.detach(), box[adapter], is_transposed(base, name), apply_GS=gs)
     return found
 
 

@@ -74,7 +74,6 @@ def test_any_linear(
     r = min(r, d) if apply_GS else r
     layer = nn.Linear(d, out, bias=bias, dtype=F64)
     base, model = adapted(layer, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
-    assert (model[0].hra_u.anchor("default") is not None) == (init_weights and (r % 2 == 1 or apply_GS))
     # In one dimension, Q = (-1)^r for any vectors. Their gradient is zero, so errors are relative to `floor`.
     compare(base, model, normal(seed, *shape, d), 1e-9, floor=1.0)
 
@@ -175,11 +174,10 @@ def test_narrow_dtypes(name: str, apply_GS: bool, dtype: torch.dtype, bound: flo
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(F64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 2e-3)]
 )
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [1, 2, 16])
-def test_the_start_is_the_base_layer(r: int, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("r", [2, 16])
+def test_the_start_is_the_base_layer(r: int, dtype: torch.dtype, bound: float) -> None:
     base = nn.Linear(384, 64, dtype=dtype)
     x = normal(1, 8, 384).to(dtype)
     wanted = copy.deepcopy(base).double()(x.double())
-    config = HRAConfig(r=r, apply_GS=apply_GS, target_modules=["0"])
+    config = HRAConfig(r=r, target_modules=["0"])
     assert relative_error(transform(nn.Sequential(base), config)(x), wanted) < bound

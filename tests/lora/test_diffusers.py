@@ -81,7 +81,7 @@ def test_another_pipeline_draws_the_same(make: Callable[[], Any], targets: Mappi
     assert change_error(image(fresh), wanted, base) < 1e-5
     assert torch.equal(image(pipe), wanted)
     layers = [key for part in targets for key in getattr(pipe, part).state_dict() if key.endswith("hra_u.default")]
-    assert (result.format, result.rank, len(result.rows)) == ("diffusers", 4, len(layers))
+    assert (result.format, result.rank, len(result.rows)) == ("diffusers", 3, len(layers))
     assert {row.path.split(".")[0] for row in result.rows} == set(targets)
 
 

@@ -45,6 +45,7 @@ class Adapter:
     """What the reference knows of an adapter; its vectors are read from the model by their names."""
 
     layers: tuple[str, ...]
+    r: int
     apply_GS: bool
     head: dict[str, Tensor]
     scale: float = 1.0
@@ -73,8 +74,7 @@ class AnyOrder(RuleBasedStateMachine):
     def q(self, layer: str, name: str) -> Tensor:
         """`Q` of one adapter at one layer at its scale."""
         adapter, tensors = self.adapters[name], self.model.state_dict(keep_vars=True)
-        anchor = tensors.get(f"{layer}.hra_u.{name}_anchor")
-        q = dense_q(tensors[f"{layer}.hra_u.{name}"], apply_GS=adapter.apply_GS, anchor=anchor)
+        q = dense_q(tensors[f"{layer}.hra_u.{name}"], apply_GS=adapter.apply_GS)
         return q if adapter.scale == 1 else dense_power(q.detach(), adapter.scale)
 
     def weight(self, layer: str, names: list[str]) -> Tensor:
@@ -124,7 +124,7 @@ class AnyOrder(RuleBasedStateMachine):
         randomise(self.model, name, seed=self.seed)
         copied = dict(zip(HEAD, (self.plain.head.weight, self.plain.head.bias), strict=True)) if kind == "head" else {}
         head = {key: value.detach().clone() for key, value in copied.items()}
-        self.adapters[name] = Adapter(layers, bool(made.apply_GS), head)
+        self.adapters[name] = Adapter(layers, made.r, made.apply_GS, head)
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), context=contexts, inside=st.booleans())
@@ -144,7 +144,9 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data(), scale=scales, context=contexts)
     def scale(self, data: st.DataObject, scale: float, context: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.adapters)))
-        if self.do(lambda: hra_fx.set_scale(self.model, name, scale), context, refused=bool(self.merged)):
+        scale = 0.0 if self.adapters[name].apply_GS and scale == 0.4 else scale  # a half turn has two paths
+        refused = bool(self.merged) or (self.adapters[name].r % 2 == 1 and scale != 1)
+        if self.do(lambda: hra_fx.set_scale(self.model, name, scale), context, refused=refused):
             self.adapters[name].scale = scale
 
     @precondition(lambda self: self.adapters and not self.disabled)

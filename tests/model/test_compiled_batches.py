@@ -202,7 +202,7 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
 def test_each_set_of_adapters_is_compiled_once() -> None:
     """The functions get the compiled model."""
     seen = Recorder("eager")
-    plain, model = many.adapted(many.net(), a=many.config("first", "second"), b=many.config("first", r=3))
+    plain, model = many.adapted(many.net(), a=many.config("first", "second"), b=many.config("first", r=4))
     fast, x = torch.compile(model, backend=seen, fullgraph=True), many.normal(4, 6)
     sets = (["a"], [], ["a", "b"])
     for order in sets:

@@ -86,12 +86,12 @@ def test_a_model_that_deepspeed_trains_takes_no_other_adapter() -> None:
 
 POSSIBLE = (
     "`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, no "
-    "spaces at its ends, not ending in '_anchor', '_kept' or '_scaled', and not a reserved name; got {!r}."
+    "spaces at its ends, not ending in '_kept' or '_scaled', and not a reserved name; got {!r}."
 )
 #: Names that cannot be part of a path or the name of a folder, and names that modules of hra_fx use.
 REFUSED = {
     name: POSSIBLE.format(name)
-    for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_anchor", "remove", "add", 3)
+    for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_kept", "remove", "add", 3)
 }
 REFUSED |= {
     "a": "adapter 'a' already exists in this model. Delete it first, or choose another name.",

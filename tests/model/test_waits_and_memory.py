@@ -78,7 +78,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 ADAPTERS: dict[str, list[dict[str, Any]]] = {
     "plain": [{"r": 4}],
-    "anchor": [{"r": 3}],
+    "odd rank": [{"r": 3}],
     "Gram-Schmidt": [{"r": 4, "apply_GS": True}],
     "two": [{"r": 4}, {"r": 3, "apply_GS": True}],
 }

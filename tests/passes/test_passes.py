@@ -150,7 +150,7 @@ class Values(torch.fx.Interpreter):
 
 
 @pytest.mark.needs("torch>=2.9")
-@pytest.mark.parametrize("r", [2, 3])  # an odd rank has an anchor
+@pytest.mark.parametrize("r", [2, 3])
 def test_the_nodes_of_reflections_have_the_shapes_and_dtypes_of_their_values(r: int) -> None:
     example = torch.randn(2, 4, 7, 7)
     settings = hra_fx.HRAConfig(r=r, target_modules=["conv", "fc", "attention", "out_proj"])

@@ -45,7 +45,6 @@ def base_of(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **opt
 def adapter_of(model: nn.Module, folder: Path, *targets: str, seed: int = 2, **fields: Any) -> Path:
     """Save an adapter with random vectors, of a copy of the model."""
     settings = hra_fx.HRAConfig(**{"r": 3, "target_modules": list(targets) or None, **fields})
-    torch.manual_seed(seed)  # for anchors
     adapted = hra_fx.transform(copy.deepcopy(model), settings)
     randomise(adapted, seed, 1.0)
     hra_fx.save_adapter(adapted, folder)

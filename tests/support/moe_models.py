@@ -63,12 +63,10 @@ def is_transposed(model: nn.Module, parameter: str) -> bool:
     return kind in ("GptOssExperts", "Llama4TextExperts")
 
 
-def dense_experts(
-    weight: Tensor, vectors: Tensor, transposed: bool, anchor: Tensor | None = None, *, apply_GS: bool = False
-) -> Tensor:
+def dense_experts(weight: Tensor, vectors: Tensor, transposed: bool, *, apply_GS: bool = False) -> Tensor:
     """`W_e Q_e` of every expert in float64, one dense product after another. Differentiable."""
     rotated = []
-    for index, (one, own) in enumerate(zip(weight.double(), vectors, strict=True)):
-        q = dense_q(own, apply_GS=apply_GS, anchor=None if anchor is None else anchor[index])
+    for one, own in zip(weight.double(), vectors, strict=True):
+        q = dense_q(own, apply_GS=apply_GS)
         rotated.append(q.T @ one if transposed else one @ q)
     return torch.stack(rotated)

@@ -73,15 +73,14 @@ def gradient_of_vectors(gradient: Tensor) -> Tensor:
     return torch.stack(columns, dim=1) / math.sqrt(d / (3 * half))
 
 
-def dense_chain(trained: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
+def dense_chain(trained: Tensor, *, apply_GS: bool = False) -> Tensor:
     """The chain `(d, k)` of an adapter in float64 from its parameter, of pairs or of vectors. Differentiable."""
-    vectors = dense_gs(dense_vectors(trained)) if apply_GS else dense_vectors(trained)
-    return vectors if anchor is None else torch.cat([anchor.double(), vectors], dim=1)
+    return dense_gs(dense_vectors(trained)) if apply_GS else dense_vectors(trained)
 
 
-def dense_q(trained: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
+def dense_q(trained: Tensor, *, apply_GS: bool = False) -> Tensor:
     """`Q: (d, d)` of an adapter in float64: the product of `dense_chain`. Differentiable."""
-    return dense_product(dense_chain(trained, apply_GS=apply_GS, anchor=anchor))
+    return dense_product(dense_chain(trained, apply_GS=apply_GS))
 
 
 def layer_q(layer: Any, names: Iterable[str] = ("default",)) -> Tensor:
@@ -90,7 +89,7 @@ def layer_q(layer: Any, names: Iterable[str] = ("default",)) -> Tensor:
     q = torch.eye(reflection.width, dtype=torch.float64)
     for name in names:
         if name in reflection:
-            q = q @ dense_q(reflection[name], apply_GS=reflection.specs[name].apply_GS, anchor=reflection.anchor(name))
+            q = q @ dense_q(reflection[name], apply_GS=reflection.specs[name].apply_GS)
     return q
 
 

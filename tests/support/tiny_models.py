@@ -54,7 +54,6 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
 
 BASES: dict[str, Callable[..., Any]] = {"bert": bert, "llama": llama}
 FIELDS: dict[str, dict[str, Any]] = {
-    # An odd rank is anchored: the checkpoint has to bring the anchor back too.
     "bert": {"r": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
     "llama": {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"},
 }

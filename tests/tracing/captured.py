@@ -99,7 +99,7 @@ class Pair:
         self.keys = list(base.state_dict())
         self.inputs = [_doubled(case.call(*sizes)) for sizes in case.others]
         targets = {name: value for name, value in case.fields.items() if name.startswith("target")}
-        self.second = hra_fx.HRAConfig(r=3, **targets)
+        self.second = hra_fx.HRAConfig(r=4, **targets)
         settings = hra_fx.HRAConfig(r=4, **case.fields)
         example = _doubled(case.call(*case.example)) if case.example else None
         self.graph, self.eager = twins(base, example, settings, traced=case.traced)

@@ -73,7 +73,7 @@ def test_each_use_of_a_layer_has_a_reflection(fields: dict[str, Any]) -> None:
 
 
 def test_a_graph_follows_the_state_of_the_adapters() -> None:
-    model = images()
+    model = images(r=4)
     hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["conv", "head"]))
     hra_fx.set_adapter(model, ["other", "default"])
     randomise(model)

@@ -28,7 +28,7 @@ def base(dtype: torch.dtype) -> nn.Sequential:
 
 
 def adapted(dtype: torch.dtype = F64) -> Any:
-    """Two layers in pairs, a convolution among them, and one of an odd rank, which trains vectors behind an anchor."""
+    """Two layers in pairs, a convolution among them, and one of an odd rank, which trains vectors."""
     return adapting.adapted(base(dtype), "0", "3", "5", r=4, rank_pattern={"5": 3})
 
 
@@ -41,7 +41,6 @@ class Dense:
     def __init__(self, model: Any, *, joint: bool) -> None:
         self.base = base(model[0].weight.dtype)
         self.held: dict[str, list[nn.Parameter]] = {}
-        self.anchors = {path: model.get_submodule(path).hra_u.anchor("default") for path in "035"}
         for path in "035":
             trained = model.get_submodule(path).hra_u["default"].detach().clone()
             parts = [trained] if joint or trained.dim() == 2 else [*trained.unbind(-1)]
@@ -57,8 +56,7 @@ class Dense:
         weights = {}
         for path, trained in self.trained().items():
             weight = self.base.get_submodule(path).weight
-            q = dense_q(trained, anchor=self.anchors[path])
-            weights[f"{path}.weight"] = dense_weight(weight, q).to(weight.dtype)  # type: ignore[arg-type]
+            weights[f"{path}.weight"] = dense_weight(weight, dense_q(trained)).to(weight.dtype)  # type: ignore[arg-type]
         return functional_call(self.base, weights, x)  # type: ignore[no-any-return]
 
 

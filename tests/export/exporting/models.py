@@ -85,7 +85,6 @@ def resnet() -> nn.Module:
 config = partial(adapter_config, r=4)
 WORDS = ({0: BATCH, 1: LENGTH},)
 MODELS: dict[str, Model] = {
-    # An odd rank has an anchor.
     "OPT": Model(tiny.opt, config("q_proj", "v_proj", "fc1", r=5), ids, WORDS, settings=(("use_cache", False),)),
     "Llama": Model(
         tiny.llama, hra_fx.HRAConfig(r=4, target_modules="all-linear"), ids, WORDS, settings=(("use_cache", False),)

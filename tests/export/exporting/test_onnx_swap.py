@@ -83,7 +83,6 @@ class ONNXProgram:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"r": 3}, "an anchor"),
         ({"apply_GS": True}, "Gram-Schmidt"),
         ({"pairs": True}, "pairs of vectors"),
         ({}, "a scale other than"),

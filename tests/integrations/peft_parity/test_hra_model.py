@@ -38,10 +38,11 @@ def test_every_way_to_call_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("r", "apply_GS", "init_weights"), [(2, False, True), (8, False, True), (1, False, False), (3, True, False)]
+    ("r", "apply_GS", "init_weights"),
+    [(2, False, True), (8, False, True), (3, False, True), (1, False, False), (3, True, False)],
 )
 def test_the_same_seed_draws_pefts_vectors(r: int, apply_GS: bool, init_weights: bool) -> None:
-    """An even rank's identity start, and every random start; odd and Gram-Schmidt identity starts are ours alone.
+    """The identity start of an even rank, and random starts; for Gram-Schmidt, PEFT repeats vectors.
 
     Pairs of the same vectors are the sum of two equal vectors, and a difference of zero.
     """

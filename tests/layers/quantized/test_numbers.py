@@ -125,7 +125,7 @@ def test_another_module_reads_the_rotated_dequantized_weight(scheme: str) -> Non
 @pytest.mark.parametrize("scheme", EXACT)
 def test_several_adapters_are_switched_scaled_disabled_and_deleted(scheme: str) -> None:
     model, x = adapted(scheme), inputs()
-    hra_fx.add_adapter(model, "other", config(r=3))
+    hra_fx.add_adapter(model, "other", config(r=4))
     randomise(model, "other", seed=9)
     hra_fx.set_adapter(model, ["default", "other"])
     assert relative_error(model(x), dense(model, x, "default", "other")) < 1e-5
