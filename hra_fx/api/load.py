@@ -26,6 +26,8 @@ from hra_fx.model.trainable import differ_by_place, set_requires_grad
 from hra_fx.model.whole import check_whole
 
 M = TypeVar("M", bound=nn.Module)
+#: Options of PEFT's `load_adapter`: new values in place, vectors in float32, in little memory, on the model's device.
+_ALWAYS = ("autocast_adapter_dtype", "ephemeral_gpu_offload", "hotswap", "low_cpu_mem_usage", "torch_device")
 
 
 def load_adapter(
@@ -52,7 +54,8 @@ def load_adapter(
         is_trainable: whether the adapter can be trained. Otherwise the model is put into eval mode, as in PEFT.
         subfolder: path of the adapter in `directory`.
         config: replaces the configuration in the folder.
-        hub: passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
+        hub: passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others. Options of
+            PEFT's `load_adapter` for what is always done here, such as `hotswap`, are ignored.
 
     Returns:
         `model`.
@@ -82,7 +85,7 @@ def load_adapter(
         root, state = (model, None) if plain else root_of(model)
         if state is not None:
             check_whole(root, "load an adapter")
-        folder = find(directory, subfolder, **hub)
+        folder = find(directory, subfolder, **{name: value for name, value in hub.items() if name not in _ALWAYS})
         is_new = state is None or adapter_name not in state.configs
         fitted = fit(folder, root, config, is_new=is_new, is_trainable=is_trainable)
         config = checked(root, fitted.config, adapter_name)

@@ -7,7 +7,6 @@ pipelines, diffusers) still work, and a wrapper that forwards attributes is not 
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,7 +27,7 @@ from hra_fx.model.inject import delete_adapter, remove_adapters
 from hra_fx.model.merge import merge_adapter
 from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import AdapterState, collect_parts, get_state, names_in, root_of
-from hra_fx.model.switch import check_scale, disable_adapters, set_adapter, set_scale
+from hra_fx.model.switch import check_scale, disable_adapters, set_scale
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import removed_method
@@ -77,6 +76,8 @@ class HRAModel(SwapMixin):
     get_layer_status = removed_method("get_layer_status")
     get_model_status = removed_method("get_model_status")
     enable_adapter_layers = enable_adapters = switch.enable_adapters
+    load_adapter = load_adapter
+    set_adapter = switch.set_adapter
     unmerge_adapter = merge.unmerge_adapter
     push_to_hub = push.push_to_hub
     save_pretrained = pretrained.save_pretrained
@@ -149,10 +150,6 @@ class HRAModel(SwapMixin):
             adapter_name, peft_config = peft_config or "default", adapter_name
         add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
 
-    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
-        """Same as `hra_fx.set_adapter`. Disabled adapters stay disabled until they are enabled again, as in PEFT."""
-        set_adapter(self, adapter_name, inference_mode=inference_mode)
-
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Make the vectors and trained copies of these adapters trainable, or freeze them. Others are not changed."""
         parts = collect_parts(self)
@@ -191,7 +188,7 @@ class HRAModel(SwapMixin):
             raise AdapterError(f"weights must have one entry per adapter, got {len(given)} for {len(names)} adapters.")
         for weight in given:
             check_scale(weight)
-        set_adapter(self, names)
+        self.set_adapter(names)
         for name, weight in zip(names, given, strict=True):
             set_scale(self, name, weight)
 
@@ -239,8 +236,8 @@ class HRAModel(SwapMixin):
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         """`HRAModel.from_pretrained(base, directory, adapter_name="default", is_trainable=False)`.
 
-        It takes the options of `hra_fx.load_adapter`, and ignores PEFT's other options. On the class of an adapted
-        model, this is the `from_pretrained` of its base class.
+        It takes the options of `hra_fx.load_adapter`. On the class of an adapted model, this is the `from_pretrained`
+        of its base class.
 
         Returns:
             The adapted base model, as an `HRAModel`.
@@ -251,17 +248,9 @@ class HRAModel(SwapMixin):
         if cls is not HRAModel:
             own: Any = super()
             return own.from_pretrained(model, *args, **kwargs)
-        return _loaded(model, *args, **kwargs)
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Same as `hra_fx.load_adapter`: add an adapter, or replace the values of the adapter with this name."""
-        load_adapter(self, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
+        if isinstance(model, nn.Module):
+            check_names(model)
+        return as_hra_model(load_adapter(model, *args, **kwargs))
 
 
 def _adapted(
@@ -281,19 +270,6 @@ def _adapted(
         check_names(model)
     given: Any = peft_config if config is None else config
     return as_hra_model(transform(model, given, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
-
-
-def _loaded(
-    model: nn.Module,
-    model_id: str | os.PathLike[str],
-    adapter_name: str = "default",
-    is_trainable: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
-    if isinstance(model, nn.Module):
-        check_names(model)
-    load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
-    return as_hra_model(model)
 
 
 def check_names(model: nn.Module) -> None:
@@ -317,9 +293,3 @@ def as_hra_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, HRAModel):
         swap(model, HRAModel)
     return model
-
-
-def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove PEFT options that hra_fx always applies: low memory, float32 vectors, new values in place."""
-    always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device", "hotswap")
-    return {name: value for name, value in options.items() if name not in always}
