@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"target_parameters": ["q_proj.weight"]},
-        r"q_proj.weight: `target_parameters` matches this parameter of shape \(16, 16\), but only par",
+        r"'q_proj.weight' matches no 3-D parameter. Available names: .*down_proj.*Layers go into `target_modules`",
     ),
     (
         {"target_parameters": [".*gate_up_proj"]},
