@@ -72,6 +72,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "batches": "Pass them as `samples`.",
         "optimizer": "Leave it out: the adapters keep the directions, with any optimizer.",
     },
+    "reset_adapters": {"device": "Call model.to_empty(device=...), or load the weights of the model, first."},
     "transform": {"verify": "Compare the outputs of the model with those of hra_fx.fold(copy.deepcopy(model))."},
     "visualize": {
         "heat": "Leave it out: colors show how much each weight changes. For other measures, plot "

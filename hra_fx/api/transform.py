@@ -199,8 +199,8 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
             root = take_over(module, undo, root_class_for)
             hand_over(module, root, undo)
             module = root
-        job = prepare_fold(module, adapter_names)
-    job.run()
+        run = prepare_fold(module, adapter_names)
+    run()
     return module  # type: ignore[no-any-return]
 
 

@@ -26,7 +26,7 @@ from hra_fx.layers.trained_copies import copies_of
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names, check_rank
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.merge import base_weight
-from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of, unwrap
+from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of, unwrap
 from hra_fx.model.trainable import check_copies
 from hra_fx.model.whole import check_whole
 
@@ -71,7 +71,7 @@ def lora_adapter(
 def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with at least one of the adapters, by path. LoRA must support all of them."""
     check_whole(root, "convert its adapters to LoRA", "weights")
-    check_copies(root, collect_parts(root), names)
+    check_copies(root, names)
     paths = {path for name in names for path in layers_with(root, state, name)}
     layers = {path: layer for path, layer in adapted_layers(root).items() if path in paths}
     for path, layer in layers.items():

@@ -14,13 +14,13 @@ from hra_fx.layers.sharding import device_of_values, distribute_like, local_tens
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, names_in, root_of
 from hra_fx.model.whole import check_whole
+from hra_fx.removed import without_removed_arguments
 
 
+@without_removed_arguments
 def reset_adapters(
     model: nn.Module,
     adapter_names: str | Iterable[str] | None = None,
-    *,
-    device: torch.device | str | None = None,
 ) -> None:
     """Initialize adapters again as configured: vectors and trained copies.
 
@@ -35,12 +35,11 @@ def reset_adapters(
     Args:
         model: a transformed model.
         adapter_names: the adapters; `None` for all, in the order in which they were added.
-        device: where to create vectors that are still on the meta device. `None` uses the device of their layer.
 
     Raises:
         AdapterError: the model has no such adapter; adapters are merged or have a scale other than 1; a layer is on
-            the meta device and `device` is not set, or its vectors are sharded on the meta device; the base model's
-            tensor of a trained copy has no values; or accelerate offloads trained copies. The model is unchanged.
+            the meta device; the base model's tensor of a trained copy has no values; or accelerate offloads trained
+            copies. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -58,10 +57,10 @@ def reset_adapters(
     base = {name: _base_tensors(root, name) for name in names}
     for name in names:
         check_replaceable(root, state, name)
-        _check_values(root, name, base[name], device)
+        _check_values(root, name, base[name])
     with torch.inference_mode(False):
         for name in names:
-            replace_values(root, name, _start_of(name), base[name], device)
+            replace_values(root, name, _start_of(name), base[name])
 
 
 def _base_tensors(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
@@ -83,17 +82,16 @@ def _start_of(name: str) -> Callable[[str, AdaptedLayer], Tensor]:
     return draw
 
 
-def _check_values(
-    root: nn.Module, name: str, base: dict[tuple[str, str], Tensor], device: torch.device | str | None
-) -> None:
-    """Check that the device of vectors is known, and that the base model's tensors of trained copies have values."""
-    layers = layers_of(root, name) if device is None else {}
-    without_data = [path for path, layer in layers.items() if layer.hra_u.device_of(layer).type == "meta"]
+def _check_values(root: nn.Module, name: str, base: dict[tuple[str, str], Tensor]) -> None:
+    """Check that the layers have a device, and that the base model's tensors of trained copies have values."""
+    without_data = [
+        path for path, layer in layers_of(root, name).items() if layer.hra_u.device_of(layer).type == "meta"
+    ]
     without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]
     if without_data:
         raise AdapterError(
             f"{without_data[0]}: its weight is on the meta device. Call model.to_empty(device=...) or "
-            "model.load_state_dict(..., assign=True) first, or pass the `device` for the vectors."
+            "model.load_state_dict(..., assign=True) first."
         )
     for (path, entry), tensor in base.items():
         own = local_tensor(tensor)
@@ -123,32 +121,30 @@ def replace_values(
     name: str,
     vectors: Callable[[str, AdaptedLayer], Tensor],
     copies: Mapping[tuple[str, str], Tensor],
-    device: torch.device | str | None = None,
 ) -> None:
     """Replace the values of an adapter in place. Tensors on the meta device are replaced by new tensors.
 
     `vectors` returns `U: (d, r)` of a layer, and is called in the order of `layers_of`. `copies` is
     (path of a module, name of its tensor) -> value of a trained copy. Every process that has shards must call this.
-    Without `device`, tensors on the meta device get the device of the base weight, or the CPU.
+    Tensors on the meta device get the device of the base weight, or the CPU.
     """
     layers, owners = layers_of(root, name), all_copies(root)
     made: dict[Tensor, Tensor] = {}  # a copy that two modules share stays one tensor
     with torch.no_grad():
         new = {path: vectors(path, layer) for path, layer in layers.items()}  # an error here changes nothing
         for path, layer in layers.items():
-            place = device or device_of_values(layer.hra_u.device_of(layer))
-            layer.hra_u.replace(name, new[path], torch.device(place))
+            layer.hra_u.replace(name, new[path], device_of_values(layer.hra_u.device_of(layer)))
         for (path, entry), value in copies.items():
             owner, held = owners[path]
             own = held.get(owner, name, entry)
             if own.is_meta:
-                made.setdefault(own, _like(own, value, device))
+                made.setdefault(own, _like(own, value))
                 held.set(owner, name, entry, made[own])
             else:
                 own.copy_(distribute_like(value, own))
 
 
-def _like(own: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:
+def _like(own: Tensor, value: Tensor) -> Tensor:
     """Create a tensor with this value, to replace a tensor without data."""
-    new = value.detach().to(device or value.device, own.dtype, copy=True)
+    new = value.detach().to(own.dtype, copy=True)
     return nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new

@@ -56,7 +56,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     root, state = root_of(model, parts)
     names = names_in(state, adapter_name)
     check_unmerged(state)
-    check_copies(root, parts, names)
+    check_copies(root, names)
     check_copies_can_switch(root, parts, () if state.disabled_blocks else names)
     reshard(parts.modules)
     wrapped = isinstance(model, DistributedDataParallel)

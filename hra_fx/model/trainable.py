@@ -189,17 +189,13 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
         check_whole(root, "switch its trained copies", "modules")
 
 
-def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> None:
+def check_copies(root: nn.Module, names: Iterable[str]) -> None:
     """Check that at most one of these adapters has a trained copy of each module."""
     wanted = tuple(names)
-    for owner, copies in parts.copies:
+    for path, (_, copies) in all_copies(root).items():
         several = [name for name in wanted if name in copies.copied]
         if len(several) > 1:
             raise AdapterError(
-                f"adapters {several} each have a trained copy of {_path_of(root, owner)} (modules_to_save or "
-                "bias), and only one copy can be used at a time. Set one of these adapters."
+                f"adapters {several} each have a trained copy of {path or 'the model'} (modules_to_save or bias), and "
+                "only one copy can be used at a time. Set one of these adapters."
             )
-
-
-def _path_of(root: nn.Module, owner: nn.Module) -> str:
-    return next(path for path, module in root.named_modules() if module is owner) or "the model"

@@ -222,7 +222,6 @@ def without_memory(rank: int, folder: Path) -> None:
     model = on_meta(case, "FSDP2, whole")
     calls: list[Callable[[], object]] = [
         lambda: hra_fx.reset_adapters(model),
-        lambda: hra_fx.reset_adapters(model, device="cpu"),
         lambda: hra_fx.load_adapter(model, folder / str(rank)),
     ]
     for call in calls:
