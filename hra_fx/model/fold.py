@@ -15,7 +15,7 @@ from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.inject import remove_adapters
 from hra_fx.model.merge import check_layers, first_in_product, folded_weight, unmerge_adapter
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, root_of
-from hra_fx.model.tied import TIE_SETTING, reads_tie_setting, separate, settings_to_turn_off
+from hra_fx.model.tied import TIE_SETTING, settings_to_turn_off
 from hra_fx.model.trainable import sync_layers
 
 
@@ -28,11 +28,6 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None) ->
         if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
             raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
     settings = settings_to_turn_off(root, names)
-    if settings and reads_tie_setting(root):
-        raise FoldError(
-            f"{type(root).__name__}: its forward depends on config.{TIE_SETTING}, so a trained copy of a tied weight "
-            "cannot be folded. Save the adapter (hra_fx.save_adapter) and load it over the base model."
-        )
     dropped = tuple(name for name in state.configs if name not in names) if adapter_names is None else ()
     return functools.partial(_fold, root, state, present, names, dropped, settings)
 
@@ -61,10 +56,9 @@ def _fold(
     for owner, copies in all_copies(root).values():
         for name in names:
             copies.promote_to_base(owner, name)
+    for config in settings:
+        setattr(config, TIE_SETTING, False)
     if settings:
-        separate(root)
-        for config in settings:
-            setattr(config, TIE_SETTING, False)
         text = f"a trained copy of a tied weight was folded, so config.{TIE_SETTING} is now False."
         warnings.warn(text, HRAWarning, stacklevel=4)
     remove_adapters(root, state, (*names, *dropped))

@@ -6,14 +6,13 @@ called. So when one of two tied weights gets its own values, the setting must be
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
 from hra_fx.compat import state_modules
-from hra_fx.layers.class_swap import original_class
+from hra_fx.errors import FoldError
 from hra_fx.layers.target import SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 
@@ -21,36 +20,37 @@ from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 TIE_SETTING = "tie_word_embeddings"
 
 
-def settings_to_turn_off(model: nn.Module, folded: Collection[str]) -> list[Any]:
-    """The configurations that would tie weights again which differ when the copies of some adapters are folded."""
-    found = [getattr(part, "config", None) for part in model.modules()] if parts(model, folded) else []
-    return list({id(config): config for config in found if getattr(config, TIE_SETTING, False)}.values())
-
-
 def parts(model: nn.Module, adapters: Collection[str]) -> bool:
     """Whether some names of one tensor of the base model have different tensors with the copies of these adapters."""
-    then: dict[int, set[int]] = {}  # id of a tensor of the base model -> ids of the tensors that replace it
+    return any(len(set(tensors)) > 1 for tensors in _places(model, adapters))
+
+
+def settings_to_turn_off(model: nn.Module, folded: Collection[str]) -> list[Any]:
+    """The configurations that would tie weights again which differ when the copies of some adapters are folded.
+
+    Raises a `FoldError` if other weights would stay tied, because the setting is for all of them.
+    """
+    if not parts(model, folded):
+        return []
+    found = [getattr(part, "config", None) for part in model.modules()]
+    settings = list({id(config): config for config in found if getattr(config, TIE_SETTING, False)}.values())
+    if settings and any(len(set(tensors)) < len(tensors) for tensors in _places(model, folded)):
+        raise FoldError(
+            f"{type(model).__name__}: a trained copy of one of several tied weights cannot be folded, because "
+            f"config.{TIE_SETTING} applies to all of them. Save the adapter (hra_fx.save_adapter) and load it over the "
+            "base model."
+        )
+    return settings
+
+
+def _places(model: nn.Module, adapters: Collection[str]) -> Collection[list[int]]:
+    """For each tensor of the base model: the ids of the tensors that its names have with the copies of adapters."""
+    places: dict[int, list[int]] = {}
     for path, module in state_modules(model):
         copies = get_copies(module) or Copies()
         for name, tensor in module._parameters.items() if SAVED not in path.split(".") else ():
             if tensor is not None:
                 adapter = next((own for own in adapters if name in copies.copied.get(own, ())), BASE)
-                new = copies.get(module, adapter, name)
-                then.setdefault(id(copies.get(module, BASE, name)), set()).add(id(new))
-    return any(len(tensors) > 1 for tensors in then.values())
-
-
-def separate(model: nn.Module) -> None:
-    """Give every name of a shared parameter its own memory, because a setting that tied some of them is turned off."""
-    seen = set()
-    for path, module in state_modules(model):
-        for name, tensor in module._parameters.items() if SAVED not in path.split(".") else ():
-            if tensor is not None and id(tensor) in seen:
-                module._parameters[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-            seen.add(id(tensor))
-
-
-def reads_tie_setting(model: nn.Module) -> bool:
-    """Whether a forward in the model reads the setting: Switch Transformers scales its output depending on it."""
-    codes = [getattr(inspect.unwrap(original_class(part).forward), "__code__", None) for part in model.modules()]
-    return any(code is not None and TIE_SETTING in code.co_names for code in codes)
+                own = copies.get(module, adapter, name)
+                places.setdefault(id(copies.get(module, BASE, name)), []).append(id(own))
+    return places.values()
