@@ -43,7 +43,7 @@ def runs_here(requirement: str) -> bool:
 
 LEFT_OUT = [place for place, need in NEEDS.items() if not runs_here(need)]
 #: The first one registers operators, which torch refuses a second time: pytest would import it once more for doctests.
-collect_ignore = ["support/second_device.py", *LEFT_OUT]
+collect_ignore = ["support/second_device.py", *LEFT_OUT, *([] if find_browser() else ["view/test_page.py"])]
 #: A folder that is given on the command line is not ignored itself.
 collect_ignore_glob = [f"{place}/*" for place in LEFT_OUT]
 _left_out: Counter[str] = Counter()

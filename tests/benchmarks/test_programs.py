@@ -20,6 +20,7 @@ def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["benchmark", "--smoke"])
 
 
+@pytest.mark.slow  # `test_the_others_run` and the one for GPUs have the same methods, in one process
 def test_speed_measures_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "numbers.json"
     assert cli.main(["--smoke", "--json", str(file)]) == 0

@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 from checkpoints import adapter_of, base_of, bert, files_of_at_most, llama, picture, randomise, tensors
-from diffusion_models import unet
+from diffusion_pipelines import unet
 from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import save_file
 from tiny import gpt2, t5

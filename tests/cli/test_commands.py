@@ -13,7 +13,7 @@ import torch
 from checkpoints import adapter_of, picture
 from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
-from diffusion_models import unet
+from diffusion_pipelines import unet
 from moe_models import TARGETS, built
 from safetensors.torch import save_file
 

@@ -12,7 +12,7 @@ import transformers
 from checkpoints import adapter_of
 from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
-from diffusion_models import unet
+from diffusion_pipelines import unet
 from torch import nn
 
 import hra_fx

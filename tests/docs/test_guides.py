@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from docs.guide_names import GIVEN, save_my_model
+from docs.guide_names import GIVEN, given
 from documents import DOCS, ROOT, python_blocks, run_blocks
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
@@ -37,11 +37,11 @@ MAIN = ("index", "training")
 RUN_ELSEWHERE = ("README", "export", "torch_joint_gradients")
 
 
-def some_slow(names: Iterator[str]) -> list[object]:
+def some_slow(names: Iterable[str]) -> list[object]:
     return [name if name in MAIN else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", some_slow(iter(GUIDES)))
+@pytest.mark.parametrize("name", some_slow(GUIDES))
 def test_the_programs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -65,24 +65,22 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("under_torchrun")
-@pytest.mark.parametrize("name", some_slow(iter(GIVEN)))
+@pytest.mark.parametrize("name", some_slow(GIVEN))
 def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # TRL trains in bfloat16, which CPUs can do too, but its configurations only accept on a GPU.
     monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
     torch.manual_seed(0)
-    save_my_model(tmp_path)
-    run_blocks(DOCS / f"{name}.md", GIVEN[name]())
+    run_blocks(DOCS / f"{name}.md", given(name))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("under_torchrun")
 def test_the_meta_program_gives_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    save_my_model(tmp_path)
     (program,) = (block.text for block in python_blocks(DOCS / "large-models.md") if "to_empty" in block.text)
-    names = GIVEN["large-models"]() | {"hra_fx": hra_fx, "torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM}
-    names |= {"fully_shard": fully_shard}
+    names = given("large-models") | {"hra_fx": hra_fx, "torch": torch, "fully_shard": fully_shard}
+    names["AutoModelForCausalLM"] = AutoModelForCausalLM
     distributed.init_process_group()
     exec(program, names)
     ids = torch.arange(3, 9)[None]

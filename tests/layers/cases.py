@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from adapting import config
 from layers.checking import normal, pair, run_dense
+from layers.reading_weights import Reading
 from model.many import bert, ids, llama, net
 from moe_models import TARGETS, built, call_of
 from torch import Tensor, nn
@@ -18,22 +19,6 @@ from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-
-
-class Reading(nn.Module):
-    """A Linear whose weight the model reads, and one that is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.after = nn.Linear(6, 6), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(torch.tanh(F.linear(x, self.fc.weight, self.fc.bias)))
-
-
-class Untraced(Reading):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if float(x.detach().sum()) < 1e9 else -x)
 
 
 class Attending(nn.Module):
@@ -179,8 +164,8 @@ SHARED = {
     ),
 }
 CASES = {
-    "read": Case(Reading, ("fc", "after"), ROWS),
-    "read, untraced": Case(Untraced, ("fc", "after"), ROWS, others=("fc",)),
+    "read": Case(lambda: Reading("functional"), ("fc", "after"), ROWS),
+    "read, untraced": Case(lambda: Reading("functional", branches=True), ("fc", "after"), ROWS, others=("fc",)),
     "attention": Case(Attending, ("attn", "out_proj", "after"), normal(1, 5, 2, 6), others=("attn",)),
     "own forward": Case(lambda: Calling(Doubling(6, 6)), ("fc", "after"), ROWS),
     "Conv1D": Case(lambda: Calling(Conv1D(6, 6)), ("fc", "after"), ROWS),

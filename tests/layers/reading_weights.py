@@ -87,12 +87,12 @@ class Reading(nn.Module):
         self.at_the_call = ReadAtTheCall()
         if use == "called, and read by another module":
             self.another = ReadByAnother(self.fc)
-        self.use, self.branches = USES[use], branches
+        self.use, self.branches = use, branches
 
     def forward(self, x: Tensor) -> Tensor:
         if self.branches and float(x.detach().sum()) > 1e9:  # a branch that cannot be traced
             x = x + 1
-        return self.after(self.use(self, torch.tanh(self.before(x))))
+        return self.after(USES[self.use](self, torch.tanh(self.before(x))))
 
     @property
     def matrix(self) -> Tensor:

@@ -259,36 +259,26 @@ def test_functional_calls(case: Case) -> None:
 cases = pytest.mark.parametrize("name", SHARED)
 
 
-def base(name: str) -> nn.Module:
-    return SHARED[name].pair()[0]
-
-
-def run(name: str, model: nn.Module) -> Tensor:
-    output = SHARED[name].run(model)
-    return getattr(output, "logits", output)
-
-
-@cases
-def test_each_layer_has_one_container(name: str) -> None:
-    _, model = SHARED[name].pair()
-    sites = list(SHARED[name].sites)
-    assert [row.path for row in hra_fx.report(model).rows] == sites
-    names = [name for name, _ in model.named_parameters() if ".hra_u." in name]
-    assert names == [f"{path}.hra_u.default" for path in sites]
-
-
 @pytest.mark.needs("peft>=0.21")
 @cases
-def test_a_file_has_each_layer_once_and_goes_through_peft(name: str, tmp_path: Path) -> None:
+def test_each_layer_has_one_container_and_its_file_goes_through_peft(name: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        return SHARED[name].pair()[0]
+
+    def run(model: nn.Module) -> Tensor:
+        output = SHARED[name].run(model)
+        return getattr(output, "logits", output)
+
     fields = {"r": 4, "target_modules": list(SHARED[name].targets), "init_weights": False}
-    ours, theirs = by_us(base(name), **fields).eval(), by_peft(base(name), **fields).eval()
+    ours, theirs = by_us(base(), **fields).eval(), by_peft(base(), **fields).eval()
     trained = {plain_name(key) for key, value in theirs.named_parameters() if value.requires_grad}
     assert {plain_name(key) for key, value in ours.named_parameters() if value.requires_grad} == trained
+    assert [row.path for row in hra_fx.report(ours).rows] == list(SHARED[name].sites)
     randomise_trained(ours)
     ours.save_pretrained(tmp_path / "ours")
     kept = [key for key in load_file(tmp_path / "ours" / "adapter_model.safetensors") if key.endswith(".hra_u")]
     assert sorted(kept) == sorted(f"base_model.model.{path}.hra_u" for path in SHARED[name].sites)
-    opened_by_peft(base(name), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    opened_by_peft(base(), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     same_tensors(tmp_path / "ours", tmp_path / "theirs")
-    again = hra_fx.load_adapter(base(name), tmp_path / "theirs")
-    assert relative_error(run(name, again), run(name, ours)) < 1e-6
+    again = hra_fx.load_adapter(base(), tmp_path / "theirs")
+    assert relative_error(run(again), run(ours)) < 1e-6

@@ -14,8 +14,7 @@ import pytest
 import torch
 import transformers
 from adapting import randomise
-from gguf_models import MODELS, VOCABULARY, tiny, write_model
-from llama_cpp import Continuation, complete, serve
+from lora.gguf_models import MODELS, VOCABULARY, Continuation, complete, serve, tiny, write_model
 from tiny import bert
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import peft
 import pytest
 import transformers
-from diffusion_models import unet
+from diffusion_pipelines import unet
 from hypothesis import HealthCheck, given, settings, strategies as st
 from named_models import MAKERS, Nested, built, tiny_bert, tiny_llama, tiny_opt
 from peft.tuners.hra.layer import HRALayer

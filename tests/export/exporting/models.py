@@ -11,7 +11,7 @@ import tiny
 import torch
 import torchvision
 from adapting import config as adapter_config, randomise
-from diffusion_models import unet
+from diffusion_pipelines import unet
 from torch import Tensor, nn
 
 import hra_fx

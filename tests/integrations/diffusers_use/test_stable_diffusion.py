@@ -14,8 +14,7 @@ import torch
 from adapting import picture, randomise, vectors_of
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import cast_training_params
-from diffusion_models import unet
-from diffusion_pipelines import image, quiet, stable_diffusion as pipeline
+from diffusion_pipelines import image, quiet, stable_diffusion as pipeline, unet
 from layers.checking import dense_weights
 from model.many import refuses
 from one_layer import normal

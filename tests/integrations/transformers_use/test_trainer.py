@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from integrations.trl_use.runs import logs
-from peft_sides import by_peft, in_pairs, same_tensors
+from peft_sides import by_peft
 from safetensors.torch import load_file
-from tiny import llama
 from tiny_models import BASES, FIELDS, SHAPES, adapted, batch, trained_in, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -91,23 +90,6 @@ def test_a_checkpoint_has_the_files_of_pefts_and_one_more(tmp_path: Path) -> Non
     again = trainer_of(Trainer, "llama", by_peft(BASES["llama"](), **FIELDS["llama"]), tmp_path / "again")
     with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\..*\.hra_u\.default"):
         again.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-3"))
-
-
-@pytest.mark.parametrize("protected", [False, True])
-def test_it_trains_and_resumes_after_from_peft(protected: bool, tmp_path: Path) -> None:
-    """As with PEFT's own layers in pairs, in the same order of random numbers."""
-    found = []
-    for number in range(3):
-        model = by_peft(llama(), **FIELDS["llama"], init_weights=False)
-        trainer = trainer_of(Trainer, "llama", model, tmp_path / str(max(number, 1)), **EVERY_THIRD)
-        (hra_fx.from_peft if number else in_pairs)(trainer.model)
-        if protected and number == 1:
-            hra_fx.protect(trainer.model, [batch("llama")], 4)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3") if number == 2 else None)
-        found.append([loss for (loss,) in logs(trainer, "loss")])
-        trainer.save_model(str(tmp_path / f"end-{number}"))
-    assert (found[1] == pytest.approx(found[0], rel=1e-3)) is not protected and found[2] == found[1]
-    same_tensors(tmp_path / "end-1", tmp_path / "end-2")
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
