@@ -20,7 +20,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import copies_of
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
-from hra_fx.model.setup import add_filled_adapter, checked, set_up
+from hra_fx.model.setup import checked, put_adapter
 from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
 from hra_fx.model.whole import check_whole
@@ -94,16 +94,14 @@ def load_adapter(
             like = reflection.weight_of(layer).dtype, device_of_values(reflection.device_of(layer))
             reflection.put(adapter_name, fitted.spec(path), _like(fitted.vectors[path], *like))
 
-        if state is None:
-            root_class, layers = root_class_for(root), fitted.layers
-            set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class, layers=layers)
-        elif adapter_name in state.configs:
+        if state is not None and adapter_name in state.configs:
             trained = layers_of(root, adapter_name).values() if is_trainable else ()
             if any(layer.hra_u.specs[adapter_name].pairs for layer in trained):
                 _check_run(folder)
             _replace(root, state, adapter_name, fitted, is_trainable)
         else:
-            add_filled_adapter(root, state, adapter_name, config, fill, fitted.copies, fitted.layers)
+            new: Any = {"root_class": root_class_for(root), "layers": fitted.layers}
+            put_adapter(root, adapter_name, config, fill, fitted.copies, **new)
     if not is_trainable:
         model.eval()
     return model
@@ -127,7 +125,7 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
         )
     for path, layer in layers.items():
         check_kept(layer.hra_u, name, fitted.vectors[path])
-    replace_values(root, name, lambda path, _: fitted.vectors[path], fitted.copies)
+    replace_values(root, name, fitted.vectors, fitted.copies)
     state.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})
 

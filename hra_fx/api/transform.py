@@ -17,7 +17,7 @@ from hra_fx.model.fold import prepare_fold
 from hra_fx.model.graphs import graph_of
 from hra_fx.model.inject import all_or_nothing, random_init
 from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
-from hra_fx.model.setup import checked, set_up
+from hra_fx.model.setup import checked, put_adapter
 from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers, unwrap
 from hra_fx.passes import adapt
 from hra_fx.removed import without_removed_arguments
@@ -102,7 +102,7 @@ def transform(
 
     def attach(root: nn.Module) -> None:
         fill = random_init(adapter_name, config, on_meta=low_cpu_mem_usage)
-        set_up(root, config, adapter_name, fill, root_class=root_class_for(root))
+        put_adapter(root, adapter_name, config, fill, root_class=root_class_for(root))
 
     if trace and not isinstance(module, fx.GraphModule):
         _check_traceable(module)

@@ -18,7 +18,7 @@ from hra_fx.layers.target import width_of
 from hra_fx.layers.trained_copies import own_tensors
 from hra_fx.model.inject import remove_adapters
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.setup import add_filled_adapter, checked, set_up
+from hra_fx.model.setup import checked, put_adapter
 from hra_fx.model.state import collect_parts, get_state, unwrap
 from hra_fx.model.switch import disable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad
@@ -178,10 +178,7 @@ def _add(
         adapters.put(name, spec, vectors[path].detach())
         adapters[name] = vectors[path]  # the same parameter, so that an optimizer keeps working
 
-    if (state := get_state(root)) is None:
-        set_up(root, config, name, fill, copies, root_class=root_class)
-    else:
-        add_filled_adapter(root, state, name, config, fill, copies)
+    put_adapter(root, name, config, fill, copies, root_class=root_class)
 
 
 def _remove_all(root: nn.Module) -> None:

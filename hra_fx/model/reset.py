@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,7 @@ from hra_fx.removed import without_removed_arguments
 
 
 @without_removed_arguments
-def reset_adapters(
-    model: nn.Module,
-    adapter_names: str | Iterable[str] | None = None,
-) -> None:
+def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
     """Initialize adapters again as configured: vectors and trained copies.
 
     `transform` of a model on the meta device creates vectors without data. Call this function when the model has its
@@ -60,7 +57,8 @@ def reset_adapters(
         _check_values(root, name, base[name])
     with torch.inference_mode(False):
         for name in names:
-            replace_values(root, name, _start_of(name), base[name])
+            vectors = {path: _start(layer, name) for path, layer in layers_of(root, name).items()}
+            replace_values(root, name, vectors, base[name])
 
 
 def _base_tensors(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
@@ -72,14 +70,10 @@ def _base_tensors(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
     }
 
 
-def _start_of(name: str) -> Callable[[str, AdaptedLayer], Tensor]:
-    """Return a function that draws the vectors of a layer as `transform` does."""
-
-    def draw(path: str, layer: AdaptedLayer) -> Tensor:
-        spec, dtype = layer.hra_u.specs[name], householder.working_dtype(layer.hra_u[name].dtype)
-        return on_first_rank([layer.hra_u[name]], lambda: layer.hra_u.initial(spec, dtype))
-
-    return draw
+def _start(layer: AdaptedLayer, name: str) -> Tensor:
+    """Draw the vectors of a layer as `transform` does."""
+    spec, dtype = layer.hra_u.specs[name], householder.working_dtype(layer.hra_u[name].dtype)
+    return on_first_rank([layer.hra_u[name]], lambda: layer.hra_u.initial(spec, dtype))
 
 
 def _check_values(root: nn.Module, name: str, base: dict[tuple[str, str], Tensor]) -> None:
@@ -117,23 +111,18 @@ def layers_of(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
 
 
 def replace_values(
-    root: nn.Module,
-    name: str,
-    vectors: Callable[[str, AdaptedLayer], Tensor],
-    copies: Mapping[tuple[str, str], Tensor],
+    root: nn.Module, name: str, vectors: Mapping[str, Tensor], copies: Mapping[tuple[str, str], Tensor]
 ) -> None:
-    """Replace the values of an adapter in place. Tensors on the meta device are replaced by new tensors.
+    """Replace the values of an adapter in place: the vectors `U: (d, r)` of layers, by path, and its trained copies.
 
-    `vectors` returns `U: (d, r)` of a layer, and is called in the order of `layers_of`. `copies` is
-    (path of a module, name of its tensor) -> value of a trained copy. Every process that has shards must call this.
-    Tensors on the meta device get the device of the base weight, or the CPU.
+    Every process that has shards must call this. Tensors on the meta device are replaced by new tensors on the device
+    of the base weight, or the CPU.
     """
     layers, owners = layers_of(root, name), all_copies(root)
     made: dict[Tensor, Tensor] = {}  # a copy that two modules share stays one tensor
     with torch.no_grad():
-        new = {path: vectors(path, layer) for path, layer in layers.items()}  # an error here changes nothing
         for path, layer in layers.items():
-            layer.hra_u.replace(name, new[path], device_of_values(layer.hra_u.device_of(layer)))
+            layer.hra_u.replace(name, vectors[path], device_of_values(layer.hra_u.device_of(layer)))
         for (path, entry), value in copies.items():
             owner, held = owners[path]
             own = held.get(owner, name, entry)

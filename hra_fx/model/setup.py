@@ -16,17 +16,16 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.containers import check_adapter_name
-from hra_fx.layers.sharding import is_trained_by_zero
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.inject import AdapterFactory, inject_adapter, random_init, removed_on_error
 from hra_fx.model.root import swap_body
 from hra_fx.model.state import (
     AdapterState,
-    adapted_layers,
     attach_state,
     check_is_module,
     check_unmerged,
     collect_parts,
+    get_state,
     is_adapted,
     root_of,
 )
@@ -36,51 +35,59 @@ from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import with_head
 
 
-def set_up(
-    model: nn.Module,
-    config: HRAConfig,
-    adapter_name: str,
-    fill: AdapterFactory,
-    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
-    *,
-    root_class: type[SwapMixin],
-    layers: dict[str, nn.Module] | None = None,
-) -> None:
-    """Adapt a plain model with one active adapter. After an error, the model is unchanged.
-
-    `config` was validated by `checked`. `copies` is (path of the module, name of its tensor) -> value of a trained copy
-    that differs from the base model.
-    `layers` is the result of `select_checked`, if the caller has it.
-    """
-    state = AdapterState(frozen=freeze(model))
-    with removed_on_error(model, state, adapter_name, config):
-        _add(model, adapter_name, config, fill, copies, layers)
-        attach_state(model, state)
-        if not isinstance(model, fx.GraphModule):
-            swap(model, root_class)
-            swap_body(model, ExitStack())
-        activate(collect_parts(model), state, (adapter_name,), trainable=not config.inference_mode)
-
-
-def _add(
+def put_adapter(
     model: nn.Module,
     name: str,
     config: HRAConfig,
     fill: AdapterFactory,
-    copies: Mapping[tuple[str, str], Tensor],
-    layers: dict[str, nn.Module] | None,
+    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+    *,
+    root_class: type[SwapMixin] | None = None,
+    layers: dict[str, nn.Module] | None = None,
 ) -> None:
-    """Add an adapter to its layers, and its trained copies; everything is checked first. The adapter is not active."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    layers = select_checked(model, config, dict(state_paths(modules.items()))) if layers is None else layers
-    wanted = checked_copies(model, name, config, layers)
-    is_new = not all(map(is_adapted, layers.values()))
-    inject_adapter(modules, layers, fill)
-    make_copies(name, wanted, copies)
-    if is_new and isinstance(model, fx.GraphModule):
-        with ExitStack() as undo:
-            rewrite(model, undo)
-            undo.pop_all()
+    """Add an adapter with the vectors from `fill`. After an error, the model is unchanged.
+
+    Args:
+        model: a transformed model; or a plain model, in which the new adapter is active.
+        name: name of the adapter.
+        config: a configuration from `checked`.
+        fill: adds the vectors to a layer.
+        copies: (path of a module, name of its tensor) -> value of a trained copy that differs from the base model.
+        root_class: what is mixed into the class of a plain model.
+        layers: the result of `select_checked`, if the caller has it.
+    """
+    known = get_state(model)
+    if known is not None:
+        _check_addable(model, known, name)
+    state = known or AdapterState(frozen=freeze(model))
+    with removed_on_error(model, state, name, config):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers = select_checked(model, config, dict(state_paths(modules.items()))) if layers is None else layers
+        wanted = checked_copies(model, name, config, layers)
+        is_new = not all(map(is_adapted, layers.values()))
+        inject_adapter(modules, layers, fill)
+        make_copies(name, wanted, copies)
+        if is_new and isinstance(model, fx.GraphModule):
+            with ExitStack() as undo:
+                rewrite(model, undo)
+                undo.pop_all()
+        if known is None:
+            attach_state(model, state)
+            if root_class is not None and not isinstance(model, fx.GraphModule):
+                swap(model, root_class)
+                swap_body(model, ExitStack())
+            activate(collect_parts(model), state, (name,), trainable=not config.inference_mode)
+        else:
+            parts = collect_parts(model)
+            set_requires_grad(parts, {name: False})
+            sync_layers(parts, state)
+
+
+def _check_addable(model: nn.Module, state: AdapterState, name: str) -> None:
+    if name in state.configs:
+        raise AdapterError(f"adapter {name!r} already exists in this model. Delete it first, or choose another name.")
+    check_unmerged(state)
+    check_whole(model, f"add adapter {name!r}", "adding")
 
 
 def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
@@ -124,38 +131,6 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
         >>> [name for name, _ in model.named_parameters() if "hra_u" in name]
         ['0.hra_u.default', '0.hra_u.other', '1.hra_u.other']
     """
-    root, state = root_of(model)
+    root, _ = root_of(model)
     config = with_head(root, checked(root, config, adapter_name))
-    add_filled_adapter(root, state, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))
-
-
-def add_filled_adapter(
-    root: nn.Module,
-    state: AdapterState,
-    adapter_name: str,
-    config: HRAConfig,
-    fill: AdapterFactory,
-    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
-    layers: dict[str, nn.Module] | None = None,
-) -> None:
-    """Add an adapter with the vectors from `fill` and with these trained copies; raises the errors of `add_adapter`.
-
-    `layers` is the result of `select_checked`, if the caller has it.
-    """
-    if adapter_name in state.configs:
-        raise AdapterError(
-            f"adapter {adapter_name!r} already exists in this model. Delete it first, or choose another name."
-        )
-    check_unmerged(state)
-    for path, layer in adapted_layers(root).items():
-        if any(map(is_trained_by_zero, layer.hra_u.parameters())):
-            raise AdapterError(
-                f"{path}: DeepSpeed already trains it, and would not manage the vectors of adapter {adapter_name!r}. "
-                "Add it before deepspeed.initialize, which Trainer.train calls, or to a new model."
-            )
-    check_whole(root, "add adapters", "modules")
-    with removed_on_error(root, state, adapter_name, config):
-        _add(root, adapter_name, config, fill, copies, layers)
-        parts = collect_parts(root)
-        set_requires_grad(parts, {adapter_name: False})
-        sync_layers(parts, state)
+    put_adapter(root, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))

@@ -10,7 +10,7 @@ from hra_fx.errors import AdapterError, FoldError
 from hra_fx.layers.accelerate_hooks import keep_loaded, offloading_hook
 from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of
-from hra_fx.layers.sharding import is_dtensor, reshard, sharded_by
+from hra_fx.layers.sharding import is_dtensor, is_trained_by_zero, reshard, sharded_by
 from hra_fx.layers.target import REFLECTION, full_shape, weight_place
 from hra_fx.layers.trained_copies import get_copies
 
@@ -19,6 +19,7 @@ _PREVENTED_BY = {
     "vectors": {"flat", "empty", "offloaded"},
     "weights": {"flat", "empty", "offloaded", "FullyShardedDataParallel", "DeepSpeed"},
     "modules": {"offloaded", "class", "fully_shard", "FullyShardedDataParallel"},
+    "adding": {"offloaded", "class", "fully_shard", "FullyShardedDataParallel", "trained"},
     "writing": {"flat", "offloaded", "class", "weight", "fully_shard", "FullyShardedDataParallel", "DeepSpeed"},
 }
 # What to do, without the final period.
@@ -32,6 +33,7 @@ _FLAT = (
     "torch.distributed.fsdp.fully_shard"
 )
 _EMPTY = "Call model.to_empty(device=...) first, to create the shards of this process"
+_INITIALIZED = "Add adapters before deepspeed.initialize, which Trainer.train calls, or to a new model"
 _ZERO3 = (
     "Do this before DeepSpeed is configured (before TrainingArguments are made), or save the adapter and load it into "
     "another model"
@@ -48,8 +50,8 @@ def check_whole(model: nn.Module, action: str, needs: str = "vectors") -> None:
     Args:
         model: the model.
         action: the name of the action, for the error.
-        needs: "vectors" to read the adapters, "weights" to read also base weights, "modules" to add or remove modules
-            or to switch trained copies, "writing" to write base weights.
+        needs: "vectors" to read the adapters, "weights" to read also base weights, "modules" to remove modules or to
+            switch trained copies, "adding" to add modules, "writing" to write base weights.
 
     Raises:
         AdapterError: the model is sharded or offloaded, or another tool has replaced a class.
@@ -62,7 +64,7 @@ def check_whole(model: nn.Module, action: str, needs: str = "vectors") -> None:
             if state in _PREVENTED_BY[needs]:
                 place = path.removesuffix(f".{REFLECTION}") or "the model"
                 raise kind(f"{place}: {problem}, so hra_fx cannot {action}. {fix}.")
-    for module in modules.values() if needs != "modules" else ():
+    for module in modules.values() if needs not in ("modules", "adding") else ():
         if isinstance(module, HouseholderAdapters):
             keep_loaded(module)
     reshard(modules.values())
@@ -79,6 +81,8 @@ def _states(module: nn.Module) -> Iterator[tuple[str, str, str]]:
             yield "flat", "this process has only a flat part of its vectors (FSDP1 or ZeRO-3)", _FLAT
         if any(is_dtensor(vectors) and vectors.is_meta for vectors in module.parameters()):
             yield "empty", "its vectors are sharded and on the meta device", _EMPTY
+        if any(map(is_trained_by_zero, module.parameters())):
+            yield "trained", "DeepSpeed already trains its vectors", _INITIALIZED
     hook = offloading_hook(module)
     if hook is not None and hook.place_submodules and any(isinstance(m, HouseholderAdapters) for m in module.modules()):
         yield "offloaded", "accelerate offloads it as a whole (preload_module_classes)", _HOOKS

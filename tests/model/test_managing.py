@@ -78,7 +78,10 @@ def test_a_model_that_deepspeed_trains_takes_no_other_adapter() -> None:
     """With the attribute that ZeRO-3 sets; the slow tests of DeepSpeed use DeepSpeed itself."""
     model = adapted(net(), a=config("first"))[1]
     model.first.hra_u["a"].ds_id = None
-    with refuses(model, r"^first: DeepSpeed already trains it, .* adapter 'b'\. Add it before deepspeed\.initialize"):
+    with refuses(
+        model,
+        r"^first: DeepSpeed already trains its vectors, .* adapter 'b'\. Add adapters before deep",
+    ):
         hra_fx.add_adapter(model, "b", config("second"))
 
 

@@ -131,7 +131,7 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
             for refused in (hra_fx.fold, hra_fx.merge_adapter) if isinstance(model, FSDPModule) else ():
                 with pytest.raises(FoldError, match=r"fully_shard has sharded its parameters.*save the adapter"):
                     refused(model)
-            with pytest.raises(AdapterError, match=rf"^{first}: fully_shard has .* cannot add adapters"):
+            with pytest.raises(AdapterError, match=rf"^{first}: fully_shard has .* cannot add adapter 'c'"):
                 hra_fx.add_adapter(model, "c", config)
             with pytest.raises(UnsupportedLayerError, match=r"Adapt the model first"):
                 hra_fx.load_adapter(model, folder / str(rank), "c")
