@@ -65,6 +65,7 @@ class AdaptedExperts(SwapMixin):
 
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            _check_parameters(self)
             outer, RUNNING.experts = RUNNING.experts, {}
             try:
                 output = run(self, *args, **kwargs)
@@ -103,3 +104,13 @@ def detach(layer: ExpertsWeight) -> None:
     layer.owner._modules.pop(CHILD + layer.parameter, None)
     if not adapted_parameters(layer.owner):
         unswap(layer.owner, AdaptedExperts)
+
+
+def _check_parameters(owner: nn.Module) -> None:
+    """Raise an error if a tool stores an adapted parameter as a plain attribute, which would be read without `Q`."""
+    for layer in adapted_parameters(owner):
+        if layer.parameter in owner.__dict__:
+            raise AdapterError(
+                f"{type(owner).__name__}.{layer.parameter}: FSDP1 and DataParallel replace parameters of experts by "
+                "plain tensors, so the adapter would not act. Use DistributedDataParallel or FSDP2 (fully_shard)."
+            )

@@ -7,6 +7,7 @@ In transformers 5, the experts of a layer are one module with parameters of shap
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -47,26 +48,17 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
     if not names:
         return None
     stacked = {f"{path}.{name}".lstrip("."): owner for path, owner, name in stacked_parameters(model)}
-    others = {name: parameter for name, parameter in model.named_parameters() if name not in stacked}
-    for name in names:
-        if any(matches_parameter([name], known) for known in stacked):
-            continue
-        if other := next((known for known in others if matches_parameter([name], known)), None):
-            return (
-                f"{other}: `target_parameters` matches this parameter of shape {tuple(others[other].shape)}, but only "
-                "parameters of experts, (experts, out, in) or (experts, in, out), can be adapted. Name its module in "
-                "`target_modules` instead."
-            )
-        if not stacked:
-            if original_class(model).__module__.startswith("transformers."):
-                require("`target_parameters` for the experts of a transformers model")
-            return (
-                f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. List its "
-                "layers in `target_modules`."
-            )
-        return f"`target_parameters`: {name!r} matches no 3-D parameter. " + suggestion(
-            [name], list(stacked), takes_str=False
+    if not stacked:
+        if original_class(model).__module__.startswith("transformers."):
+            require("`target_parameters` for the experts of a transformers model")
+        return (
+            f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. List its "
+            "layers in `target_modules`."
         )
+    for name in names:
+        if not any(matches_parameter([name], known) for known in stacked):
+            hint = suggestion([name], list(stacked), takes_str=False)
+            return f"`target_parameters`: {name!r} matches no 3-D parameter. {hint} Layers go into `target_modules`."
     for known, owner in stacked.items():
         if matches_parameter(names, known) and is_transposed(owner) is None:
             return (
@@ -77,38 +69,24 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
 
 
 def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Path -> (module, parameter), for 3-D parameters of a model that do not belong to a layer; shared ones occur once.
+    """Path -> (module, parameter), for the 3-D parameters of a model that are likely those of experts.
 
-    Parameters with a dimension of size 1, such as position embeddings of shape `(1, n, d)`, are left out.
+    Those with a dimension of size 1, such as position embeddings of shape `(1, n, d)`, are left out.
     """
     found: dict[str, tuple[nn.Module, nn.Parameter]] = {}
     for path, owner, name in stacked_parameters(model):
-        parameter = owner._parameters[name]
-        if parameter is not None and min(parameter.shape) > 1 and SAVED not in path.split("."):
+        parameter: Any = owner._parameters[name]
+        if min(parameter.shape) > 1 and SAVED not in path.split("."):
             found[f"{path}.{name}".lstrip(".")] = owner, parameter
-    return {path: found[path] for path, _ in model.named_parameters() if path in found}
+    return found
 
 
-def hint_for(model: nn.Module, names: Collection[str]) -> str | None:
-    """A suggestion if some `names` in `target_modules` are names of 3-D parameters; otherwise `None`."""
-    parameters = expert_parameters(model)
-    found = {name: [path for path in parameters if matches_parameter([name], path)] for name in sorted(names)}
-    paths = [path for path in parameters if any(path in held for held in found.values())]
-    if not paths:
+def parameters_hint(module: nn.Module, path: str = "", names: Collection[str] | None = None) -> str | None:
+    """A suggestion if the module at a path has 3-D parameters, or some that match `names`; otherwise `None`."""
+    inside = [f"{path}.{name}".lstrip(".") for name in expert_parameters(module)]
+    found = [name for name in inside if names is None or matches_parameter(names, name)]
+    if not found:
         return None
-    named, class_name = ", ".join(filter(found.get, found)), type(parameters[paths[0]][0]).__name__
-    return (
-        f"`target_modules` does not select 3-D parameters of {class_name} ({named}). "
-        f"Use target_parameters={_short_names(paths)}."
-    )
-
-
-def hint_inside(module: nn.Module, path: str) -> str | None:
-    """A suggestion for a module path in `target_modules` if the module has 3-D parameters; otherwise `None`."""
-    inside = [f"{path}.{name}" for name in expert_parameters(module)]
-    return f"Its weights are 3-D parameters. Use target_parameters={_short_names(inside)}." if inside else None
-
-
-def _short_names(paths: list[str]) -> list[str]:
-    """The last two components of each path: a name that does not depend on the block."""
-    return list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
+    # Without the names of blocks.
+    ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in found))
+    return f"`target_modules` does not select 3-D parameters. Use target_parameters={ends}."

@@ -24,7 +24,7 @@ from hra_fx.layers.quantized import UnknownLinear, quant_scheme_of
 from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
-from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
+from hra_fx.selection.parameters import parameters_hint, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
 
 #: Path -> module. A shared module occurs under each of its paths, in order.
@@ -299,7 +299,7 @@ def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> No
         return
     known = {suffix for path in modules for suffix in suffixes(path)}
     for name in sorted(set(names) - known):
-        hint = hint_for(model, [name]) or suggestion([name], _adaptable_in(modules))
+        hint = parameters_hint(model, names=[name]) or suggestion([name], _adaptable_in(modules))
         text = f"`target_modules`: the entry {name!r} matches no module of {type(model).__name__}. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=4)
 
@@ -318,7 +318,7 @@ def _wrong_type(path: str, module: nn.Module) -> str:
         names = [f"{path}.{inner}" for inner in below[:_SHOWN]]
         more = " and so on" if len(below) > _SHOWN else ""
         return text + f"To adapt the layers inside it, use target_modules={names}{more}."
-    if hint := hint_inside(module, path):
+    if hint := parameters_hint(module, path):
         return text + hint
     return text + f"Remove it from `target_modules`, or add exclude_modules=[{path!r}]."
 
@@ -338,7 +338,7 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
         return f"{shown} is empty. The layers of {class_name} are called {leaf_names(layers)}."
     matched = [path for path in once(modules) if _matches(targets, path)]
     if not matched:
-        hint = hint_for(model, [targets] if isinstance(targets, str) else targets)
+        hint = parameters_hint(model, names=[targets] if isinstance(targets, str) else targets)
         return f"{shown} matches no module of {class_name}. {hint or suggestion(targets, layers)}"
     found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"
     given = {name: getattr(config, name) for name in _EXCLUDING}

@@ -78,7 +78,7 @@ def test_a_report_has_the_values_of_all_experts_of_a_parameter() -> None:
 def test_experts_are_not_reflected_by_one_adapter_and_saved_by_another() -> None:
     _, model = model_pair("qwen3_moe", "eager")
     config = hra_fx.HRAConfig(target_modules=["q_proj"], modules_to_save=["0.mlp.experts"])
-    with pytest.raises(hra_fx.UnsupportedLayerError, match="another adapter reflects its gate_up_proj"):
+    with pytest.raises(hra_fx.UnsupportedLayerError, match="an adapter reflects its gate_up_proj, so it cannot"):
         hra_fx.add_adapter(model, "full", config)
 
 
@@ -173,3 +173,11 @@ def test_a_forward_that_writes_into_the_weight_is_refused() -> None:
     with torch.no_grad():
         experts.up.zero_()  # the parameter
     assert not experts.hra_up.hra_base.any()
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    experts, _, _ = adapted()
+    replica = experts._replicate_for_data_parallel()
+    replica.up = experts.up.detach()
+    with pytest.raises(hra_fx.AdapterError, match=r"Experts.up: FSDP1 and DataParallel .* Use DistributedData"):
+        replica(lambda own: own.up)

@@ -15,7 +15,6 @@ import hra_fx
 #: Models of both layouts, and with a loop over experts or with `torch.bmm` (Llama 4).
 NAMES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe", "glm4_moe", "llama4")
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
-_MARK = ".hra_u."
 
 
 def experts_config(**fields: Any) -> hra_fx.HRAConfig:
@@ -45,16 +44,6 @@ def call_of(name: str) -> dict[str, Any]:
     """The arguments of one call."""
     torch.manual_seed(1)
     return entry_of(name).call(2, 0)[1]
-
-
-def vectors_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The parameter of the base model -> the vectors of its experts, `(experts, d, r)`."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith(f"{_MARK}{adapter}"):
-            path, _, child = name.partition(_MARK)[0].rpartition(".")
-            found[f"{path}.{child.removeprefix('hra_')}"] = parameter
-    return found
 
 
 def is_transposed(model: nn.Module, parameter: str) -> bool:
