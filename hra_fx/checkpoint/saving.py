@@ -50,7 +50,6 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 CARD_NAME = "README.md"
 #: Placeholder for the location of the adapters, which is unknown when the card is written.
 PLACE = "folder-or-name-of-this-repository"
-_PIPELINES = {"CAUSAL_LM": "text-generation"}
 
 _CARD = """---
 library_name: peft
@@ -268,39 +267,22 @@ def _inference_config(root: nn.Module, config: HRAConfig) -> HRAConfig:
     )
 
 
-def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:
+def write_card(directory: Path, root: Any, configs: Mapping[str, HRAConfig]) -> None:
     """Write `README.md` for adapters saved in a folder. If it exists, only its metadata is updated."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    path = directory / CARD_NAME
-    card = ModelCard.load(path) if path.exists() else ModelCard(_card_text(root, configs))
-    present = card.data.to_dict()
-    card.data = ModelCardData(**{**present, **_card_metadata(root, configs, present.get("tags") or [])})
-    write_files(directory, {CARD_NAME: str(card).encode()})
-
-
-def _card_metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> dict[str, Any]:
-    base = _base(root, configs)
-    library = original_class(root).__module__.partition(".")[0]
-    own = ["hra", "hra_fx", *([library] if library in ("transformers", "diffusers", "timm") else [])]
-    # The Hub does not accept a card with a folder as the base model.
-    known = base is not None and not os.path.isdir(base)
-    own += [f"base_model:adapter:{base}"] if known else []
-    tasks = [config.task_type for config in configs.values() if config.task_type in _PIPELINES]
-    return {
-        "library_name": "peft",  # the files have PEFT's format
-        "tags": sorted({*tags, *own, *(getattr(root, "model_tags", None) or ())}),
-        **({"base_model": base} if known else {}),
-        **({"pipeline_tag": _PIPELINES[tasks[0]]} if tasks and tasks[0] else {}),
-    }
-
-
-def _card_text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
-    title = _base(root, configs) or original_class(root).__name__
+    path, own = directory / CARD_NAME, original_class(root)
+    base = next((name for config in configs.values() if (name := base_model_name(root, config))), None)
     first = "default" if "default" in configs else next(iter(configs))
     option = "" if first == "default" else f', subfolder="{first}"'
-    return _CARD.format(title=title, version=VERSION, place=PLACE, option=option)
-
-
-def _base(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str | None:
-    return next((name for config in configs.values() if (name := base_model_name(root, config))), None)
+    text = _CARD.format(title=base or own.__name__, version=VERSION, place=PLACE, option=option)
+    card = ModelCard.load(path) if path.exists() else ModelCard(text)
+    present = card.data.to_dict()
+    # The Hub does not accept a card with a folder as the base model.
+    named = {} if base is None or os.path.isdir(base) else {"base_model": base}
+    tags = {"hra", "hra_fx", *(present.get("tags") or ()), *(getattr(root, "model_tags", None) or ())}
+    tags |= {own.__module__.partition(".")[0]} & {"transformers", "diffusers", "timm"}
+    tags |= {f"base_model:adapter:{name}" for name in named.values()}
+    # The files have PEFT's format.
+    card.data = ModelCardData(**present | {"library_name": "peft", "tags": sorted(tags)} | named)
+    write_files(directory, {CARD_NAME: str(card).encode()})
