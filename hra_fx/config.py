@@ -6,7 +6,6 @@ kept when it is written again.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from hra_fx.config_fields import CHECKS, check_extra, field_hint
 from hra_fx.errors import CheckpointError, ConfigError
-from hra_fx.hub import check_options, download
+from hra_fx.hub import local_folder
 from hra_fx.patterns import matches_rank
 
 CONFIG_NAME = "adapter_config.json"
@@ -205,8 +204,10 @@ class HRAConfig:
                 value. The message names the file.
             TypeError: an unknown keyword argument.
         """
-        check_options(hub)
-        path = Path(_local(directory, subfolder, hub), subfolder or "", CONFIG_NAME)
+        try:
+            path = local_folder(directory, subfolder, [CONFIG_NAME], hub) / (subfolder or "") / CONFIG_NAME
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -221,17 +222,6 @@ class HRAConfig:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
-
-
-def _local(directory: str | os.PathLike[str], subfolder: str | None, hub: Mapping[str, Any]) -> Path:
-    """The folder itself, or the folder that the file is downloaded to from the Hub."""
-    # A path object is never the name of a repository.
-    if not isinstance(directory, str) or os.path.isdir(directory):
-        return Path(directory)
-    try:
-        return download(directory, [f"{glob.escape(subfolder)}/{CONFIG_NAME}" if subfolder else CONFIG_NAME], hub)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _field_names() -> list[str]:

@@ -6,10 +6,6 @@ Errors about arguments are also `ValueError`, so code that catches the `ValueErr
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from hra_fx.removed import raise_if_removed
-
 __all__ = [
     "AdapterError",
     "CheckpointError",
@@ -85,8 +81,3 @@ class VisualizeError(HRAError, ValueError):
 
 class HRAWarning(UserWarning):
     """The category of all warnings of hra_fx."""
-
-
-def __getattr__(name: str) -> NoReturn:
-    raise_if_removed(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
-"""Download files from a repository of the Hugging Face Hub."""
+"""Find a folder, locally or in a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
+import glob
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -11,28 +12,28 @@ from typing import Any
 from hra_fx.errors import CheckpointError
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise an error for keyword arguments that `huggingface_hub.snapshot_download` does not have."""
-    if options:  # huggingface_hub imports slowly
-        from huggingface_hub import snapshot_download
+def local_folder(
+    source: str | os.PathLike[str], subfolder: str | None, files: Sequence[str], options: Mapping[str, Any]
+) -> Path:
+    """The local folder `source`; or the folder in the Hub cache to which these files in `subfolder` are downloaded.
 
-        known = inspect.signature(snapshot_download).parameters
-        if unknown := [option for option in options if option not in known]:
-            raise TypeError(f"unexpected keyword argument {unknown[0]!r}. Use subfolder, {', '.join(known)}.")
-
-
-def download(source: str | os.PathLike[str], patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
-    """Download the files of a repository that match `patterns`, and return its folder in the Hub cache.
-
-    `patterns` and `options` are arguments of `huggingface_hub.snapshot_download`.
+    `options` are arguments of `huggingface_hub.snapshot_download`; others raise a `TypeError`.
     """
+    if os.path.isdir(source) and not options:  # huggingface_hub imports slowly
+        return Path(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    known = inspect.signature(snapshot_download).parameters
+    if unknown := [option for option in options if option not in known]:
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}. Use subfolder, {', '.join(known)}.")
+    if os.path.isdir(source):
+        return Path(source)
     if not isinstance(source, str) or os.path.isfile(source):
         raise CheckpointError(f"{os.fspath(source)}: no such folder. Pass the folder of an adapter.")
     try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns), **options))
+        within = f"{glob.escape(subfolder)}/" if subfolder else ""
+        return Path(snapshot_download(source, allow_patterns=[within + file for file in files], **options))
     except HFValidationError as error:
         raise CheckpointError(
             f"{source}: no such folder, and not a valid Hub repository name. Pass a folder, or a name such as "

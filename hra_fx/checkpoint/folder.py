@@ -6,7 +6,6 @@ Source of the layout: PEFT 0.21, `PeftModel.save_pretrained`: `adapter_config.js
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import struct
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from hra_fx.atomic_write import Content, temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
-from hra_fx.hub import check_options, download
+from hra_fx.hub import local_folder
 from hra_fx.layers.containers import KEPT
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
@@ -43,12 +42,7 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
 
     `hub` are arguments of `huggingface_hub.snapshot_download`.
     """
-    check_options(hub)
-    if os.path.isdir(source):
-        root = Path(source)
-    else:
-        within = f"{glob.escape(subfolder)}/" if subfolder else ""
-        root = download(source, [within + CONFIG_NAME, within + WEIGHTS_NAME], hub)
+    root = local_folder(source, subfolder, [CONFIG_NAME, WEIGHTS_NAME], hub)
     folder = root / (subfolder or "")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not os.path.isfile(folder / name):
