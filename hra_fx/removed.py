@@ -66,6 +66,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "overwrite": "Delete the folder first.",
         "progress": "Leave it out: transformers shows its own progress bar.",
         "rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+        "trust_remote_code": "Load the model yourself, then call hra_fx.load_adapter and hra_fx.fold.",
         "verify": "Leave it out.",
     },
     "protect": {
@@ -89,6 +90,7 @@ COMMAND_LINE: dict[str, str] = {
     "--part": "Pass the folder of the part as BASE, such as my-pipeline/unet.",
     "--quiet": "Redirect stderr: progress bars are only shown in a terminal.",
     "--rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+    "--trust-remote-code": "Load the model in Python, then call hra_fx.load_adapter, and hra_fx.fold or save_as_lora.",
     "--verify": "Leave it out.",
     "visualize": 'Load the model in Python, and call hra_fx.visualize(model, "model.html").',
 }

@@ -52,8 +52,6 @@ def fold_checkpoint(
     base_dir: Source,
     adapter_dir: Source | Sequence[Source],
     out_dir: Source,
-    *,
-    trust_remote_code: bool = False,
 ) -> CheckpointReport:
     """Fold adapters into the model of a folder, `W <- W Q`, and write the folder of the folded model.
 
@@ -70,7 +68,6 @@ def fold_checkpoint(
             pipeline of diffusers, this is the folder of one of its parts, such as `"pipeline/unet"`.
         adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order.
         out_dir: the folder to create, which must be empty if it exists. It must not be inside `base_dir`.
-        trust_remote_code: whether to run code in `base_dir` that defines the class of a transformers model.
 
     Returns:
         The new folder, and the rotated layers.
@@ -103,7 +100,7 @@ def fold_checkpoint(
         raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
     _check_folders(base, out)
     with _explained_errors(out), _staged(out) as folder:
-        rotated = _write_folded(base, sources, folder, trust_remote_code=trust_remote_code)
+        rotated = _write_folded(base, sources, folder)
         others = _copy_others(base, folder)
     if others:
         text = f"{out}: {some_of(others, 4)} may contain the base model's weights. Delete them, or do not load them."
@@ -111,14 +108,14 @@ def fold_checkpoint(
     return CheckpointReport(out, rotated)
 
 
-def load_base(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, list[str]]:
+def load_base(folder: Path) -> tuple[Any, list[str]]:
     """Load the model of a folder on the CPU; and list the tensors that its class does not use."""
     if (folder / CONFIG_NAME).exists():
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: there is an adapter in the folder of the base model, and from_pretrained would "
             "load it with the model. Name the base model before the adapters, or move this adapter to another folder."
         )
-    return load_model(folder, trust_remote_code=trust_remote_code)
+    return load_model(folder)
 
 
 def load_adapters(model: Any, adapters: Sequence[Source]) -> list[str]:
@@ -129,9 +126,9 @@ def load_adapters(model: Any, adapters: Sequence[Source]) -> list[str]:
     return names
 
 
-def _write_folded(base: Path, adapters: Sequence[Source], target: Path, *, trust_remote_code: bool) -> tuple[str, ...]:
+def _write_folded(base: Path, adapters: Sequence[Source], target: Path) -> tuple[str, ...]:
     """Write the weights of the folded model, and its configuration if it changes. Returns the paths of the layers."""
-    model, unused = load_base(base, trust_remote_code=trust_remote_code)
+    model, unused = load_base(base)
     if unused:
         text = f"{base}: {type(model).__name__} does not use {some_of(unused, 4)}, so the result lacks them."
         warnings.warn(text, HRAWarning, stacklevel=4)

@@ -47,24 +47,24 @@ _DTYPES = {
 }
 
 
-def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
+def build_model(path: Path) -> tuple[nn.Module, str]:
     """Build the model of a folder or of a `config.json` on the meta device; and name its library."""
     with _explained_errors(f"{path}: cannot build the model"):
         file, entries, library = read_config(path)
         # Import the class first, because modules that are imported may compute with tensors.
-        cls, config = _class_of(file, entries, library, trust_remote_code=trust_remote_code)
+        cls, config = _class_of(file, entries, library)
         with torch.device("meta"):
             model: nn.Module = cls(config) if library == "transformers" else cls.from_config(config)
             return model.eval(), library
 
 
-def load_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
+def load_model(folder: Path) -> tuple[nn.Module, list[str]]:
     """Load the model of a folder on the CPU, in the dtype of most weights; and list the keys that its class ignores."""
     with _explained_errors(f"{folder}: cannot load the model"):
         file, entries, library = read_config(folder)
         if entries.get("quantization_config"):
             raise CheckpointError(f"{file}: the weights are quantized. Use the base model in 16 or 32 bits.")
-        cls, config = _class_of(file, entries, library, trust_remote_code=trust_remote_code)
+        cls, config = _class_of(file, entries, library)
         settings: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
         dtype = _dtype_of(folder)
         settings |= {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "config": config}
@@ -110,7 +110,7 @@ def _explained_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} ({reason}).") from error
 
 
-def _class_of(file: Path, entries: Mapping[str, Any], library: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+def _class_of(file: Path, entries: Mapping[str, Any], library: str) -> tuple[Any, Any]:
     """The class of the model, and its configuration."""
     if library == "diffusers":
         cls = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
@@ -118,24 +118,15 @@ def _class_of(file: Path, entries: Mapping[str, Any], library: str, *, trust_rem
             raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
         return cls, dict(entries)
     transformers: Any = importlib.import_module("transformers")
-    folder, names, code = file.parent, entries.get("architectures") or [], entries.get("auto_map") or {}
-    found = [getattr(transformers, name, None) for name in names]
+    found = [getattr(transformers, name, None) for name in entries.get("architectures") or []]
     models = (one for one in found if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel))
     cls = next(models, None)
-    if cls is None and code and not trust_remote_code:
-        raise CheckpointError(
-            f"{file}: the class of the model is code in its folder, which is not run without your consent. Read the "
-            "code, then pass trust_remote_code=True (on the command line: --trust-remote-code)."
-        )
-    # Without this, transformers asks in the terminal whether to run code. A file may have any name.
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(str(folder if file.name == CONFIG else file), **options)
-    config.name_or_path = str(folder)  # not the file: adapters name the folder of their base model
-    if cls is None and code:
-        module = importlib.import_module("transformers.dynamic_module_utils")
-        classes = (ref for key, ref in code.items() if key.startswith("AutoModel"))
-        reference = next(ref for ref in classes if not names or ref.rpartition(".")[2] in names)
-        cls = module.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+    if cls is None and entries.get("auto_map"):
+        raise CheckpointError(f"{file}: the class of the model is code in its folder, which is not run. {IN_MEMORY}")
+    # Without trust_remote_code, transformers asks in the terminal whether to run code. A file may have any name.
+    folder = str(file.parent if file.name == CONFIG else file)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config.name_or_path = str(file.parent)  # not the file: adapters name the folder of their base model
     return cls or transformers.MODEL_MAPPING[type(config)], config
 
 

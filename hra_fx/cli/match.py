@@ -13,7 +13,6 @@ from typer import Option
 from hra_fx.cli.screen import (
     CHECK_FAILED,
     Json,
-    TrustRemoteCode,
     print_message,
     show_heading,
     show_json,
@@ -44,7 +43,6 @@ def match(
     rank: Annotated[int | None, Option("-r", "--rank", help="Number of reflections. Default: 8.")] = None,
     save: Annotated[Names, Option(metavar="NAME", help="A module to train in full.")] = None,
     config: Annotated[Path | None, Option("-c", "--config", metavar="FOLDER", help="Start from an adapter.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show which layers of a model a configuration would adapt, and why others are skipped (dry run).
@@ -63,7 +61,7 @@ def match(
         "modules_to_save": save,
     }
     given = {name: value for name, value in fields.items() if value is not None}
-    refusal = _match(path, _configuration(config, given), trust_remote_code=trust_remote_code, as_json=as_json)
+    refusal = _match(path, _configuration(config, given), as_json=as_json)
     if refusal is not None:
         print_message("does not match", refusal, "bold red")
         raise typer.Exit(CHECK_FAILED)
@@ -98,14 +96,14 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
     return dataclasses.replace(HRAConfig.from_pretrained(folder), inference_mode=False, **fields)
 
 
-def _match(path: Path, config: HRAConfig, *, trust_remote_code: bool, as_json: bool) -> str | None:
+def _match(path: Path, config: HRAConfig, *, as_json: bool) -> str | None:
     """Show the report of an adapted model without weights. Returns why the configuration does not fit the model."""
     from hra_fx.api.transform import transform
     from hra_fx.checkpoint.model_folder import build_model
     from hra_fx.reporting.columns import grouped_table_of
     from hra_fx.reporting.report import Report, report
 
-    model, library = build_model(path, trust_remote_code=trust_remote_code)
+    model, library = build_model(path)
     name, total = type(model).__name__, sum(parameter.numel() for parameter in model.parameters())
     try:
         found, error = report(transform(model, config)), None

@@ -27,9 +27,6 @@ from hra_fx.reporting.table import UNLIMITED, Column, table
 from hra_fx.reporting.words import plain
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
-TrustRemoteCode: TypeAlias = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code in the folder of the model that defines its class.")
-]
 #: Exit code if a check failed.
 CHECK_FAILED = 1
 #: Exit code of errors.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hra_fx.cli.screen import Json, TrustRemoteCode, hide_progress_bars, show_result
+from hra_fx.cli.screen import Json, hide_progress_bars, show_result
 from hra_fx.errors import CheckpointError
 
 
@@ -19,7 +19,6 @@ def fold(
         typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order of folding."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Fold adapters into the model of a folder. OUT is the base model with rotated weights.
@@ -30,7 +29,7 @@ def fold(
     from hra_fx.api.fold_checkpoint import fold_checkpoint
 
     hide_progress_bars()
-    report = fold_checkpoint(base, adapters, out, trust_remote_code=trust_remote_code)
+    report = fold_checkpoint(base, adapters, out)
     show_result(report, as_json=as_json)
 
 
@@ -50,7 +49,6 @@ def convert(
         typer.Option("--rank", min=1, help="Limit the LoRA rank (best approximation). Default: exact."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the LoRA factors.")] = Dtype.float32,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Convert adapters to one LoRA, for PEFT, vLLM, SGLang or llama.cpp.
@@ -68,7 +66,7 @@ def convert(
     from hra_fx.lora.save import save_as_lora
 
     hide_progress_bars()
-    model, _ = load_base(base, trust_remote_code=trust_remote_code)
+    model, _ = load_base(base)
     names = load_adapters(model, adapters)
     result = save_as_lora(model, out, names, rank=rank, dtype=dtype.value)
     show_result(result, as_json=as_json)

@@ -265,11 +265,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "its own code": (
         config_with(architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"}),
-        "base/config.json: the class of the model is code in its folder, which is not run without your consent.",
-    ),
-    "an automatic class": (
-        config_with(architectures=["AutoModel"], auto_map={"AutoModel": "mine.Mine"}),
-        "base/config.json: the class of the model is code in its folder, which is not run without your consent.",
+        "base/config.json: the class of the model is code in its folder, which is not run. Load the",
     ),
     "no configuration": (lambda base, _: (base / "config.json").unlink(), "base/config.json: no such file. Pass the"),
     "no folder": (lambda base, _: shutil.rmtree(base), "base: no such file. Pass the folder of a"),
@@ -300,7 +296,7 @@ def test_no_adapter(tmp_path: Path) -> None:
         hra_fx.fold_checkpoint(tmp_path, [], tmp_path / "out")
 
 
-# ---- tensors and files that the class does not use, and its code ----
+# ---- tensors and files that the class does not use ----
 
 
 def test_other_tensors_and_weights_are_named(tmp_path: Path) -> None:
@@ -328,20 +324,4 @@ def test_files_that_transformers_would_not_write_are_copied(tmp_path: Path) -> N
     (base / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')
     config_with(of_mine={"a": 1})(base, adapter)
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
-    check(base, tmp_path / "out", model, adapter)
-
-
-CODE = """
-from transformers import LlamaForCausalLM
-class Mine(LlamaForCausalLM):
-    pass
-"""
-
-
-def test_code_in_the_folder_is_run_if_the_user_allows_it(tmp_path: Path) -> None:
-    model = llama()
-    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
-    (base / "modeling_mine.py").write_text(CODE)
-    config_with(architectures=["Mine"], auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})(base, adapter)
-    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", trust_remote_code=True)
     check(base, tmp_path / "out", model, adapter)

@@ -128,7 +128,10 @@ def test_usage_errors(shelf: Shelf, words: str, message: str) -> None:
         ('{"model_type": "from-tomorrow"}', ": cannot build the model ("),
         ('{"_class_name": "Nothing"}', "the installed diffusers has no model 'Nothing'."),
         ('{"architecture": "resnet18"}', "For any other model: Load the model yourself, then call hra_fx.load_adapter"),
-        ('{"model_type": "evil", "auto_map": {"AutoModel": "evil.M"}}', "which is not run without your consent."),
+        (
+            '{"model_type": "evil", "auto_map": {"AutoModel": "evil.M"}}',
+            "code in its folder, which is not run. Load the model",
+        ),
     ],
 )
 def test_invalid_model_configurations(tmp_path: Path, text: str, said: str) -> None:
