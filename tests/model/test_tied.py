@@ -30,35 +30,23 @@ class Tied(nn.Module):
         return self.head(self.body(self.embed(x)))  # type: ignore[no-any-return]
 
 
-def one_parameter() -> Any:
-    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
-    model[1].weight = model[0].weight
+def tied_pair(first: nn.Module, second: nn.Module, rows: slice | None = None) -> Any:
+    """Two layers with one weight; or the weight of the second is a view of these rows."""
+    model: Any = nn.Sequential(first, second).double().to(memory_format=torch.channels_last)
+    model[1].weight = model[0].weight if rows is None else nn.Parameter(model[0].weight.detach()[rows])
     return model
+
+
+def one_parameter() -> Any:
+    return tied_pair(nn.Linear(6, 6), nn.Linear(6, 6))
 
 
 def a_view() -> Any:
-    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).double()
-    model[1].weight = nn.Parameter(model[0].weight.detach()[1:5])
-    return model
-
-
-def a_buffer() -> Any:
-    model: Any = nn.Sequential(nn.Linear(6, 4)).double()
-    model[0].register_buffer("mirror", model[0].weight.detach())
-    return model
+    return tied_pair(nn.Linear(6, 6), nn.Linear(6, 4), slice(1, 5))
 
 
 def one_kernel() -> Any:
-    model: Any = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)).double().to(memory_format=torch.channels_last)
-    model[1].weight = model[0].weight
-    return model
-
-
-def halves() -> Any:
-    model: Any = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4)).double()
-    for layer, rows in zip(model, torch.randn(8, 6, dtype=F64).split(4), strict=True):
-        layer.weight = nn.Parameter(rows)
-    return model
+    return tied_pair(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +56,6 @@ def halves() -> Any:
         (one_parameter, ["0", "1"], "0", "1.weight"),
         (one_parameter, ["1"], "1", "0.weight"),
         (a_view, ["1"], "1", "0.weight"),
-        (a_buffer, ["0"], "0", "0.mirror"),
         (one_kernel, ["0"], "0", "1.weight"),
     ],
 )
@@ -102,7 +89,9 @@ def test_tied_weights_without_values_are_not_adapted_either(make: Callable[[], A
 
 
 def test_two_halves_of_one_memory_are_not_tied() -> None:
-    plain, model = adapted(halves(), a=config("0", "1"))
+    model: Any = nn.Sequential(nn.Linear(6, 4), nn.Linear(6, 4)).double()
+    model[0].weight, model[1].weight = map(nn.Parameter, torch.randn(8, 6, dtype=F64).split(4))
+    plain, model = adapted(model, a=config("0", "1"))
     wanted = weights(plain, model, ["a"])
     hra_fx.fold(model)
     for name, value in wanted.items():
@@ -159,22 +148,6 @@ def test_the_trained_copy_survives_tie_weights_and_the_embedding_stays() -> None
     assert is_tied(model)
     model.tie_weights()
     assert is_tied(model)
-
-
-@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
-def test_a_fold_leaves_them_untied_with_their_flags_and_warns(name: str) -> None:
-    model = copied(name)
-    turn(model)
-    embedding, wanted = model.model.embed_tokens.weight.detach().clone(), run(model, ids()).detach()
-    text = r"^a trained copy of a tied weight was folded, so config\.tie_word_embeddings is now False\.$"
-    with pytest.warns(hra_fx.HRAWarning, match=text):
-        hra_fx.fold(model)
-    assert not is_tied(model)
-    assert torch.equal(model.model.embed_tokens.weight, embedding)
-    assert torch.allclose(run(model, ids()), wanted, rtol=1e-9, atol=1e-9)
-    model.tie_weights()
-    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_trained_copies_of_both_stay_one_parameter() -> None:

@@ -14,7 +14,6 @@ from integrations.distributed.trained import (
     EXPERTS,
     F64,
     close,
-    loss_of,
     output,
     part_of,
     same,
@@ -24,7 +23,6 @@ from integrations.distributed.trained import (
 )
 from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -67,23 +65,6 @@ def unknown_to_ddp(rank: int, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hra_fx.set_adapter(wrapped, [])
-
-
-def pipeline(rank: int, folder: Path) -> None:
-    """Each process holds one stage; the gradients of its vectors are those of the whole model."""
-    whole: Any = MLP.model()
-    x, labels = MLP.data()
-    loss_of(whole(x), labels).backward()
-    model: Any = MLP.model()
-    stage = PipelineStage(model[:2] if rank == 0 else model[2:], rank, 2, torch.device("cpu"))
-    schedule = ScheduleGPipe(stage, 2, loss_fn=loss_of)
-    if rank == 0:
-        schedule.step(x)
-    else:
-        schedule.step(target=labels, losses=[])
-    for place in ("0",) if rank == 0 else ("2", "4"):
-        wanted = whole.get_submodule(place).hra_u["default"].grad
-        assert (model.get_submodule(place).hra_u["default"].grad - wanted).abs().max() < 1e-13
 
 
 def mixed_precision(rank: int, folder: Path) -> None:
@@ -159,6 +140,5 @@ def different_samples(rank: int, folder: Path) -> None:
 
 
 CHECKS: dict[str, Check] = {
-    check.__name__: check
-    for check in (several_adapters, unknown_to_ddp, pipeline, mixed_precision, trainer, different_samples)
+    check.__name__: check for check in (several_adapters, unknown_to_ddp, mixed_precision, trainer, different_samples)
 }
