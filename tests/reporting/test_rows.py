@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from layers.checking import dense_weights
 from moe_models import built
 from one_layer import normal
-from oracles import layer_q, share_of
+from oracles import dense_q, layer_q, share_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -176,3 +176,11 @@ def test_the_change_of_experts_is_relative_to_all_of_them() -> None:
     weight, wanted = base.get_parameter(path).detach(), dense_weights(base, model)[path].detach()
     (row,) = [row for row in report(model) if "layers.1" in row.path]
     assert row.weight_change == pytest.approx(float((wanted - weight).norm() / weight.norm()), rel=1e-5)
+    dense = torch.block_diag(*map(dense_q, model.get_submodule(row.path).hra_u["default"].detach()))
+    assert row.rotation == pytest.approx(float((dense - torch.eye(len(dense))).norm()), rel=1e-9)
+    assert (row.layer_type, row.d, row.r, row.parameters) == (
+        "MixtralExperts.gate_up_proj 4x(16->64)",
+        16,
+        2,
+        4 * 16 * 2,
+    )
