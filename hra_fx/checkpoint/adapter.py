@@ -53,7 +53,6 @@ class Adapter:
     file: Path
     config: HRAConfig
     tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
     base_row: BaseRow | None
 
     @cached_property
@@ -94,7 +93,7 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     for key, vectors in tensors.items():
         if key.endswith(f".{REFLECTION}"):
             _check_vectors(file, key, vectors)
-    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(metadata))
+    return Adapter(file, own, tensors, read_base_row(metadata))
 
 
 def _check_vectors(file: Path, key: str, vectors: Tensor) -> None:

@@ -141,7 +141,7 @@ def test_a_single_text_encoder_is_a_transformers_model(tmp_path: Path) -> None:
     assert change_error(image(fresh), image(pipe), base) < 1e-5
 
 
-def test_the_second_transformer_of_wan_is_only_saved_separately(tmp_path: Path) -> None:
+def test_the_second_transformer_of_wan_is_not_saved_with_the_first(tmp_path: Path) -> None:
     def wan() -> Any:
         first, second = (
             diffusers.WanTransformer3DModel(
@@ -152,13 +152,10 @@ def test_the_second_transformer_of_wan_is_only_saved_separately(tmp_path: Path) 
         )  # fmt: skip
         return diffusers.WanPipeline(None, None, None, None, first, second, boundary_ratio=0.5)
 
-    pipe, fresh = wan(), wan()
+    pipe = wan()
     adapt(pipe.transformer_2, ["to_q"])
     with pytest.raises(AdapterError, match=r"^transformer_2: load_lora_weights of diffusers loads only into transf"):
         hra_fx.save_as_lora(pipe, tmp_path)
-    hra_fx.save_as_lora(pipe.transformer_2, tmp_path)
-    fresh.load_lora_weights(tmp_path, load_into_transformer_2=True)
-    assert any("lora_A" in name for name, _ in fresh.transformer_2.named_modules())
 
 
 def unconditional() -> Any:

@@ -86,23 +86,6 @@ def test_a_small_change_of_a_bfloat16_model_is_kept() -> None:
     assert relative_error(exported_change(tensors, "0"), wanted) < 1e-6
 
 
-def test_all_layers_have_one_rank_padded_with_zeros() -> None:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"first": nn.Linear(12, 9), "second": nn.Linear(9, 7)})
-    hra_fx.transform(model, HRAConfig(r=2, target_modules=["first"]), "a")
-    move(model, 1)
-    hra_fx.add_adapter(model, "b", HRAConfig(r=4, target_modules=["second"]))
-    hra_fx.set_adapter(model, "b")
-    move(model, 2)
-    hra_fx.set_adapter(model, ["a", "b"])
-    config, tensors = hra_fx.convert_to_lora(model)
-    assert (config["r"], config["lora_alpha"]) == (4, 4)
-    A, B = (tensors[f"base_model.model.first.lora_{name}.weight"] for name in "AB")
-    assert (A.shape, B.shape) == ((4, 12), (9, 4))
-    assert A[2:].count_nonzero() == 0
-    assert relative_error(exported_change(tensors, "first"), dense_change(model["first"], ["a"])) < 1e-6
-
-
 IDS = torch.arange(3, 21).view(2, 9)
 
 
@@ -120,7 +103,11 @@ ONE = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "exc
 EXPERTS = {"target_modules": ["o_proj"], "target_parameters": moe_models.TARGETS}
 #: Model, the part that is transformed, and fields of the configuration. Experts of GPT-OSS are `(experts, in, out)`.
 LANGUAGE_MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
-    "Llama": (llama, "", {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}),
+    "Llama, several ranks": (
+        llama,
+        "",
+        {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM", "rank_pattern": {"v_proj": 6}},
+    ),
     "one layer of several with its name": (llama, "", ONE),
     "the model without its head": (llama, "model", ATTENTION),
     "a block": (llama, "model.layers.1", ATTENTION),
