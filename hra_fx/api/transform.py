@@ -56,19 +56,14 @@ def transform(
         low_cpu_mem_usage: create the vectors on the meta device, to be filled by `load_adapter`, `reset_adapters` or
             `load_state_dict(..., assign=True)`. Otherwise they are on the device of their layer, which may also be the
             meta device.
-        trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a separate node. It
-            shares the modules and parameters of `model`; use it instead of `model`. Training and all functions for
-            adapters work as in eager mode. The graph calls the model's layers, and works in train and eval mode. If
-            possible, torch.fx traces the model, with optional arguments at their defaults. Otherwise `torch.export`
-            captures one call. The graph is then valid for the arguments of this call and the dtype of the model. The
-            capture raises an error if the forward adds backward hooks, uses random numbers of Python or NumPy, branches
-            on values of tensors, has a block under `torch.no_grad` or autocast, or runs different operations in train
-            and in eval mode; other generators of Python and NumPy, and hooks on autograd nodes, are not detected.
-            Outputs that `torch.export` does not support, such as caches, are `None`.
-        example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `trace`
-            captures this call if torch.fx cannot trace the model, or if the call passes optional arguments. By default,
-            it is created from the configuration of a transformers model: token ids and their mask, images, or audio,
-            without labels.
+        trace: return a `torch.fx.GraphModule` in which each reflection is a separate node, to be used instead of
+            `model`, whose modules and parameters it shares. torch.fx traces the model, with optional arguments at their
+            defaults; if it cannot, `torch.export` captures one call, and the graph is valid for the arguments of this
+            call and the dtype of the model. The graph works in train and eval mode. Outputs that `torch.export` does
+            not support, such as caches, are `None`. The guide to graph mode has the limits of a capture.
+        example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments: the call that
+            `trace` captures if torch.fx cannot trace the model, or if it passes optional arguments. By default, it is
+            created from the configuration of a transformers model, without labels.
         dynamic_shapes: the sizes of the captured call that may change, as in `torch.export.export`. By default, all
             sizes that the model allows may change; for images, only the batch size. A call with other sizes raises an
             error. Requires `trace`.
@@ -155,19 +150,13 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
     """Fold adapters into the weights in place, `W <- W Q`. When all adapters are folded, the model is a plain model.
 
     It then has the classes, graph, `state_dict` keys and `requires_grad` flags from before `transform`. Only the values
-    of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ.
-
-    All vectors and weights are checked first. Then the new weights are computed and written one layer at a time, in
-    float64 if the device supports it. So folding needs extra memory for only a few copies of one layer.
+    of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ. All layers are checked
+    first. Then the weights are written one at a time, computed in float64 if the device supports it.
 
     If `modules_to_save` trained one of two tied weights, `config.tie_word_embeddings` is set to False, and all tensors
-    that shared memory get their own.
-
-    A quantized weight (bitsandbytes, torchao, HQQ) cannot be folded: load the adapter into the base model without
-    quantization, and fold there, or write it with `save_as_lora`.
-
-    A `PeftModel` with HRA is used up, as by PEFT's `merge_and_unload`, so that no second copy of the weights is needed.
-    Its forward then runs the folded model, and its other methods raise an error.
+    that shared memory get their own. A quantized weight cannot be folded: fold into the base model without
+    quantization, or call `save_as_lora`. A `PeftModel` with HRA is used up, as by PEFT's `merge_and_unload`: then its
+    forward runs the folded model, and its other methods raise an error.
 
     Args:
         model: a transformed model, or a model with PEFT's HRA.

@@ -209,23 +209,20 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
             "and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
         )
     tensors: dict[str, Tensor] = {}
-    scale = layers[sites[0]].hra_u.scales.get(name, 1.0)  # which is the same in all layers
+    chains: dict[str, Tensor] = {}
+    is_scaled = name in layers[sites[0]].hra_u.scales  # as in all layers
     for path in sites:
         adapters = layers[path].hra_u
-        vectors = _part_of(adapters, state, path, name).vectors() if scale == 1 else adapters.chain(name)
-        tensors[reflection_key(path)] = vectors
+        part = ChainPart(adapters.chain(name)) if is_scaled else _part_of(adapters, state, path, name)
+        tensors[reflection_key(path)], chains[path] = part.vectors(), part.chain().detach()
     owners = all_copies(root)
     for path, entry in copies_of(root, name):
         key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
         tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
-    if scale != 1:  # plain reflections
+    if is_scaled:  # plain reflections
         config = dataclasses.replace(config, apply_GS=False)
-    detached = {key: tensor.detach() for key, tensor in tensors.items()}
-    chains = {path: detached[reflection_key(path)] for path in sites}
-    if config.apply_GS:
-        chains = {path: ChainPart(chain, apply_GS=True).chain() for path, chain in chains.items()}
     row = write_base_row({path: layers[path] for path in sites}, chains)
-    return _inference_config(root, config), detached, {"format": "pt", **row}
+    return _inference_config(root, config), {key: tensor.detach() for key, tensor in tensors.items()}, row
 
 
 def _entries(adapters: HouseholderAdapters, path: str, name: str) -> list[str]:

@@ -24,7 +24,7 @@ _EXIT_CODES = (
 
 _EXAMPLES = r"""
 hra-fx inspect my-adapter
-hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'
+hra-fx inspect my-adapter --json | jq '.rows[].mean_angle'
 hra-fx match my-model
 hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7
 hra-fx match my-model --target all-linear --exclude lm_head --rank 16

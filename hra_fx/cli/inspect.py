@@ -11,9 +11,6 @@ from hra_fx.cli.screen import Json, show_heading, show_json, show_table
 from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.selection.suggestions import some_of
 
-#: The fields of a report's row that are known without the base model.
-_FIELDS = ("path", "d", "r", "parameters", "rotation", "angle", "mean_angle", "angles", "orthogonality")
-
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")],
@@ -21,15 +18,11 @@ def inspect(
 ) -> None:
     """Show an adapter: its layers, ranks, parameters and rotation angles."""
     summary = _summarize_adapter(path)
-    layers = [{name: getattr(row, name) for name in _FIELDS} for row in summary["layers"]]
-    show_json(summary | {"layers": layers}) if as_json else _show_adapter(summary)
+    show_json(summary) if as_json else _show_adapter(summary)
 
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
-    """The output of `--json` for an adapter: angles are in radians.
-
-    The angles of a layer are the same as in `hra_fx.report`.
-    """
+    """The output of `--json`: facts of the files, and rows as in `hra_fx.report`, without what needs the base model."""
     from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION
@@ -56,14 +49,14 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(row.parameters for row in rows),
         "saved": files.others,
-        "layers": rows,
+        "rows": rows,
     }
 
 
 def _show_adapter(summary: dict[str, Any]) -> None:
     from hra_fx.reporting.columns import table_of
 
-    rows = summary["layers"]
+    rows = summary["rows"]
     show_heading(
         f"HRA adapter in {summary['folder']}",
         {

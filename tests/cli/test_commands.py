@@ -32,7 +32,7 @@ def test_inspect_shows_the_values_of_the_report(shelf: Shelf, name: str, tmp_pat
         model = built("gpt_oss", torch.float32)
         adapter = adapter_of(model, tmp_path, target_parameters=TARGETS)
     rows = hra_fx.report(hra_fx.load_adapter(model, adapter)).to_dicts()
-    found = {layer["path"]: layer for layer in inspected(adapter)["layers"]}
+    found = {layer["path"]: layer for layer in inspected(adapter)["rows"]}
     assert found.keys() == {row["path"] for row in rows}
     for row in rows:
         for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
@@ -55,7 +55,7 @@ def test_inspect_reads_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
 def test_inspect_sorts_layers_by_number(tmp_path: Path) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(12)))
     folder = adapter_of(model, tmp_path, *map(str, range(12)))
-    assert [layer["path"] for layer in inspected(folder)["layers"]] == [str(i) for i in range(12)]
+    assert [layer["path"] for layer in inspected(folder)["rows"]] == [str(i) for i in range(12)]
 
 
 # ---- fold ----
