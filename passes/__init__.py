@@ -27,7 +27,6 @@ from hra_fx.passes.match import match
 from hra_fx.passes.reflection import Reflection
 from hra_fx.passes.trace import trace
 from hra_fx.selection.check import select_checked
-from hra_fx.selection.origin import keep_origin, origin_of
 
 __all__ = ["Reflection", "adapt", "fold", "insert", "match", "trace"]
 
@@ -35,7 +34,7 @@ __all__ = ["Reflection", "adapt", "fold", "insert", "match", "trace"]
 def adapt(
     model: nn.Module,
     config: HRAConfig,
-    attach: Callable[[fx.GraphModule], object],
+    attach: Callable[[nn.Module], object],
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
 ) -> fx.GraphModule:
@@ -43,7 +42,7 @@ def adapt(
 
     `attach` gives the layers their adapters. That of `transform` has done the last step, as for any `GraphModule`.
     """
-    graph_module = trace(model, list(select_checked(model, config).values()), example_inputs, dynamic_shapes)
-    keep_origin(graph_module, origin_of(model))
+    layers = list(select_checked(model, config).values())
+    graph_module = trace(model, layers, example_inputs, dynamic_shapes, attach)
     attach(graph_module)
     return insert(graph_module, match(graph_module))

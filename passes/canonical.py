@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import ASSERT_METADATA, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.passes.exported import CALL_LAYER, exporting
-from hra_fx.passes.inputs import Condition, argument_names, call_of, conditions_of, nest
+from hra_fx.passes.inputs import Condition, Inputs, conditions_of, nest
 from hra_fx.passes.nodes import attribute, line_of, replace_node
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class Canonical(NamedTuple):
 
     Attributes:
         constants: name of a call in the graph -> the tensor that it returns, which the forward creates.
-        names: those of the flat inputs.
+        inputs: its arguments and the values in them.
         sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """
 
     graph: fx.Graph
     constants: dict[str, Tensor]
     conditions: list[Condition]
-    names: list[str]
+    inputs: Inputs
     sizes: list[list[tuple[int, int]]]
 
 
@@ -51,9 +51,8 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     _refuse_blocks(module)
     graph = module.graph
     graph.owning_module = None  # this module does not have layers to call
-    names = argument_names(model, *call_of(program))
-    inputs = nest(graph, program, names)
-    conditions, shown = conditions_of(program, names, inputs)
+    inputs = nest(graph, program, model)
+    conditions = conditions_of(program, model, inputs)
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         call = replace_node(node, "call_module", node.args[1], node.args[:1])
         copied = call.next  # the capture copies outputs, in case the model writes into them
@@ -65,15 +64,15 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     for node in graph.find_nodes(op="get_attr", sort=True):  # the order of reads differs between captures
         min(node.users).prepend(node)
     places = defaultdict(list)
-    for index, node in enumerate(inputs):
+    for index, node in enumerate(inputs.flat):
         for dimension, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
             places[str(size)].append((index, dimension))
     # A symbol is a size that may change; the others are numbers and expressions.
     sizes = [found for size, found in places.items() if size.isidentifier()]
-    return Canonical(graph, constants, conditions, shown, sizes)
+    return Canonical(graph, constants, conditions, inputs, sizes)
 
 
-def _simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
+def _simplify(graph: fx.Graph, inputs: Inputs, model: nn.Module) -> None:
     """Change a graph of `torch.export` in place so that it can be moved, copied and pickled, and checks its inputs."""
     # Dtype checks fail under autocast. The capture added the aliases; casts are nodes.
     for node in graph.find_nodes(op="call_function", target=ASSERT_METADATA):
@@ -81,10 +80,10 @@ def _simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
-    _follow_device(graph, inputs, model)
-    if inputs:
-        with graph.inserting_after(max(inputs)):
-            graph.call_module(CHECKS, tuple(inputs))
+    _follow_device(graph, inputs.flat, model)
+    if inputs.arguments:
+        with graph.inserting_after(max(inputs.arguments)):
+            graph.call_module(CHECKS, tuple(inputs.arguments))
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())  # batch norm updates buffers
 
 

@@ -18,14 +18,16 @@ from hra_fx.compat import has_backward_hooks, require
 from hra_fx.errors import CaptureError, HRAWarning
 from hra_fx.example_inputs import Call, preserve_rng_state
 from hra_fx.passes.canonical import CHECKS, canonical
-from hra_fx.passes.compare import compare, compare_call
+from hra_fx.passes.compare import Attach, compare, compare_call
 from hra_fx.passes.exported import LOCK, examples_with_shapes, export_call, is_leaf, without_caches
 from hra_fx.passes.graph import graph_module
-from hra_fx.passes.inputs import Condition, InputChecks, size_conditions
+from hra_fx.passes.inputs import InputChecks, limit_conditions
 from hra_fx.passes.modes import ByMode, merge_modes
 
 
-def capture_layers(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> fx.GraphModule:
+def capture_layers(
+    model: nn.Module, call: Call, dynamic_shapes: Any = None, attach: Attach | None = None
+) -> fx.GraphModule:
     """Capture one call of a model. The graph is valid for other sizes and for both modes, and checks its inputs.
 
     By default, all sizes that the model allows may change; for images, only the batch size. The graph calls the layers
@@ -34,7 +36,15 @@ def capture_layers(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> 
     the order of the model's signature.
     """
     call = _prepared(model, call)
+    own = set(model.parameters())
     for path, part in model.named_modules():
+        for name, value in vars(part).items():
+            items = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, nn.Module)]
+            if any(x.requires_grad and x not in own for item in items for x in item.parameters()):
+                place = f"{path}.{name}".lstrip(".")
+                raise CaptureError(
+                    f"{place} has a layer that is not a child, so a graph would not train it. Use nn.ModuleList"
+                )
         if is_leaf(part):
             continue
         if has_backward_hooks(part):
@@ -45,7 +55,7 @@ def capture_layers(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> 
         tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
         for example, shapes in tries:
             try:
-                return _captured(model, example, shapes, call)
+                return _captured(model, example, shapes, call, attach)
             except CaptureError as error:
                 failure = error
         raise failure
@@ -72,7 +82,7 @@ def _prepared(model: nn.Module, call: Call) -> Call:
     return call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
 
 
-def _captured(model: nn.Module, example: Call, shapes: Any, call: Call) -> fx.GraphModule:
+def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, attach: Attach | None) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
     in_train, in_eval = (
         canonical(export_call(model, example, shapes, training=training), model) for training in (True, False)
@@ -81,12 +91,12 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call) -> fx.Gr
     modules = merge_modes(in_train.graph, in_eval.graph)
     constants = {name: ByMode(value, in_eval.constants[name]) for name, value in in_train.constants.items()}
     made = graph_module(model, in_train.graph, {CHECKS: checks, **constants, **modules})
-    limits = compare(model, made, example, sizes)
+    limits = compare(model, made, example, sizes, attach)
     if example is not call:
-        compare(model, made, call, ())
-    checks.add(size_conditions(in_train.names, sizes, limits.not_one))
-    if not limits.under_autocast:
-        checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
+        compare(model, made, call, (), attach)
+    checks.add(limit_conditions(in_train.inputs, sizes, limits))
+    if not limits.in_mixed_modes:
+        vars(checks)["parts"] = tuple(made.children())
     _warn_of_unread(model, made.graph, call[1])
     return made
 

@@ -3,11 +3,12 @@
     compare(model, graph, call)
 
 torch.fx and torch.export drop what they cannot record, often without an error. So every graph of a model that this
-process can run is compared, if there is an example call.
+process can run is compared, if there is an example call. Both copies are adapted first, with random vectors.
 
-The calls, in each mode: the example with gradients; other values under `no_grad`; other parameters; autocast; other
-masks, kinds of inputs and sizes. Equal must be: the outputs with their types, the gradients of inputs and parameters,
-written inputs, random numbers, and what the calls change in the modules.
+The calls, in each mode: the example with gradients; other values under `no_grad`; other parameters; parts in the other
+mode; autocast and inference mode; other masks, kinds, dtypes and strides of inputs; other sizes. Equal must be: the
+outputs with their types, the gradients of inputs and parameters, written inputs, random numbers, and what the calls
+change in the modules. What remains unseen is listed in docs/limitations.md.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +32,19 @@ from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.layers.readers import writes_parameters
 from hra_fx.layers.sharding import is_dtensor
-from hra_fx.passes.observed import attributes, difference, is_near, is_same, observe, shown
-from hra_fx.passes.other_calls import Sizes, tensors_of, variants, with_other_values
+from hra_fx.layers.target import REFLECTION
+from hra_fx.passes.observed import attributes, difference, is_near, is_of_adapter, is_same, observe, shown
+from hra_fx.passes.other_calls import (
+    Sizes,
+    equal_sizes,
+    not_contiguous,
+    of_other_dtypes,
+    of_other_kinds,
+    of_other_sizes,
+    of_size_one,
+    tensors_of,
+    with_other_values,
+)
 
 _SEED = 20240517
 #: Larger parameters share memory with the model: their values stay, and their gradients are not compared.
@@ -38,33 +53,56 @@ _LARGE = 1 << 18
 _LEVELS = ("inputs", "parameters", "")
 
 
-class Limits(NamedTuple):
-    """For which calls a graph is right: sets of indices of sizes that must not all be 1, and whether under autocast."""
-
-    not_one: list[frozenset[int]]
-    under_autocast: bool
+#: Adapts a model or a graph, in place.
+Attach: TypeAlias = Callable[[nn.Module], object]
 
 
-def compare(model: nn.Module, made: nn.Module, call: Call, sizes: Sizes | None = None) -> Limits:
+@dataclass
+class Limits:
+    """For which calls a graph is right.
+
+    Attributes:
+        not_one: sets of indices of sizes that must not all be 1.
+        same_dtype: indices of the flat inputs that must have the dtype of the example.
+        contiguous: indices of the flat inputs that must be contiguous.
+        under_autocast: whether it is right under autocast.
+        in_mixed_modes: whether it is right if parts have another mode than the graph.
+    """
+
+    not_one: list[frozenset[int]] = field(default_factory=list)
+    same_dtype: set[int] = field(default_factory=set)
+    contiguous: set[int] = field(default_factory=set)
+    under_autocast: bool = True
+    in_mixed_modes: bool = True
+
+
+def compare(
+    model: nn.Module, made: nn.Module, call: Call, sizes: Sizes | None = None, attach: Attach | None = None
+) -> Limits:
     """Compare a graph with its model for a call that both can run, and for others like it. Neither is changed.
 
-    `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
-    allows, and under autocast. A `CaptureError` names what differs, and both values.
+    `sizes` are those that may change. Without them, the graph must be right without limits. A `CaptureError` names what
+    differs, and both values. `attach` adds the adapters that both will have.
     """
     if _cannot_run(model):
-        return Limits([], True)
-    with preserve_rng_state(), torch.inference_mode(False):
-        for level in _LEVELS[:-1]:
-            with suppress(_NoGradientError):
-                return _Comparison(model, made, level).run(call, sizes)
-        return _Comparison(model, made, "").run(call, sizes)
+        return Limits()
+    flags = {value: value.requires_grad for value in model.parameters()}
+    try:
+        with preserve_rng_state(), torch.inference_mode(False):
+            for level in _LEVELS[:-1]:
+                with suppress(_NoGradientError):
+                    return _Comparison(model, made, level, attach).run(call, sizes)
+            return _Comparison(model, made, "", attach).run(call, sizes)
+    finally:
+        for value, flag in flags.items():
+            value.requires_grad_(flag)
 
 
 def compare_call(model: nn.Module, made: nn.Module, call: Call) -> None:
     """Compare a graph with its model for one call without gradients, in eval mode; see `compare`."""
     if not _cannot_run(model):
         with preserve_rng_state(), torch.inference_mode(False):
-            _Comparison(model, made, "").run_once(call)
+            _Comparison(model, made, "", None).run_once(call)
 
 
 def _cannot_run(model: nn.Module) -> bool:
@@ -114,23 +152,38 @@ class _NoGradientError(Exception):
 class _Comparison:
     """Copies of a model and its graph, which run the same calls in turns."""
 
-    def __init__(self, model: nn.Module, made: nn.Module, level: str) -> None:
+    def __init__(self, model: nn.Module, made: nn.Module, level: str, attach: Attach | None) -> None:
         limit = math.inf if writes_parameters(model) else _LARGE
         both = dict.fromkeys(chain(model.parameters(), made.parameters()))
-        large = [value for value in both if value.numel() > limit or type(value) is not nn.Parameter]
+        # What is behind a large layer of zeros would not be compared.
+        large = [x for x in both if type(x) is not nn.Parameter or (x.numel() > limit and bool(x.any()))]
         self._model, self._made = self._both = copied(model, large), copied(made, large)
+        self._keys = [set(each.state_dict()) for each in (model, made, self._made)]
         self._names = list(inspect.signature(model.forward).parameters)
         self._shared, self._large = large, set(map(id, large))
         self._level, self._mode, self._versions = level, "", tensor_versions(large)
+        self._limits, self._one = Limits(), dict[frozenset[int], bool]()
+        self._flags: dict[nn.Parameter, bool] = {}
+        if attach is not None:
+            self._adapt(attach)
         for value in chain(*map(self._small, self._both)):
             value.requires_grad_(bool(level))
-        self._keys = [set(each.state_dict()) for each in (model, made, self._made)]
+
+    def _adapt(self, attach: Attach) -> None:
+        for each in self._both:
+            seed_everything(_SEED)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                attach(each)
+            self._flags |= {value: value.requires_grad for value in each.parameters()}
+            for path, part in each.named_modules():
+                for value in part.parameters(recurse=False) if path.rpartition(".")[2] == REFLECTION else ():
+                    value.data.copy_(torch.randn(value.shape))
 
     def run(self, call: Call, sizes: Sizes | None) -> Limits:
         """Compare in both modes, and first as it is, if the parts of the model have different modes."""
         if odd := sorted(set.union(*self._keys) - set.intersection(*self._keys)):
             raise CaptureError(f"{odd[0]} is in the state_dict of only one of the model, its graph and a copy of it")
-        limits = Limits([], True)
         is_mixed = len({part.training for part in self._model.modules()}) > 1
         for mode in (None, False, True) if is_mixed else (False, True):
             self._set_mode(mode)
@@ -138,12 +191,27 @@ class _Comparison:
             self._change_parameters()
             self._set_mode(mode)
             self._compare(call, "the example with other parameters")
+            buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
             if mode is False:
-                limits = limits._replace(under_autocast=self._is_same_under_autocast(call))
-                if sizes is None and not limits.under_autocast:
-                    raise CaptureError(f"{self._mode}its graph differs under autocast")
-            self._compare_variants(call, other, sizes, limits.not_one)
-        return limits
+                self._compare_in_contexts(call, sizes)
+            for kind, step in self._variants(call, other, sizes, is_eval=mode is False):
+                try:
+                    step()
+                except CaptureError:
+                    if sizes is None or kind is None:
+                        raise
+                    kind()
+                # The model or its graph may raise an error, and so may write other buffers.
+                for now, before in buffers:
+                    now.update(_cloned(before))
+        self._set_mode(False)
+        with torch.inference_mode():  # the last call, because its tensors may stay in a cache
+            self._compare(call, "the example in inference mode", may_fail=True)
+        ran = [ones for ones, has_run in self._one.items() if has_run]
+        # Sizes that must be equal are 1 together.
+        unseen = [ones for ones in self._one if not any(ones <= others for others in ran)]
+        self._limits.not_one += unseen if sizes is not None else []
+        return self._limits
 
     def run_once(self, call: Call) -> None:
         """Compare one call in eval mode."""
@@ -166,7 +234,7 @@ class _Comparison:
         for each in self._both:
             seed_everything(_SEED)
             for value in self._small(each):
-                spread = 0.1 * float(value.detach().float().square().mean().sqrt().nan_to_num()) + 1e-3
+                spread = 0.1 * float(value.detach().float().square().mean().sqrt().nan_to_num()) or 0.1
                 value.data += spread * torch.randn(value.shape).to(value)
 
     def _compare_two_calls(self, call: Call) -> Call:
@@ -188,20 +256,63 @@ class _Comparison:
                 raise CaptureError(f"{self._mode}after two calls, {name} is {values}")
         return other or call
 
-    def _compare_variants(self, call: Call, other: Call, sizes: Sizes | None, not_one: list[frozenset[int]]) -> None:
-        """Compare calls for which the model or its graph may raise an error, and so may write other buffers."""
-        buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
-        for chosen, variant in variants(call, other, sizes):
-            if any(known <= chosen for known in not_one) or not (chosen or self._mode.startswith("in eval")):
-                continue
-            try:
-                self._compare(variant, "an input of another kind or size", may_fail=True, errors=sizes is not None)
-            except CaptureError:
-                if sizes is None or not chosen:
-                    raise
-                not_one.append(chosen)
-            for now, before in buffers:
-                now.update(_cloned(before))
+    def _variants(
+        self, call: Call, other: Call, sizes: Sizes | None, *, is_eval: bool
+    ) -> Iterator[tuple[Callable[[], object] | None, Callable[[], object]]]:
+        """What to compare, as functions, each after a function that notes that its inputs must be refused."""
+        limits, run = self._limits, partial(self._compare, may_fail=True, errors=sizes is not None)
+        if is_eval:
+            for variant in of_other_kinds(call) if sizes is None else ():
+                yield None, partial(run, variant, "an input of another kind")
+            for index, variant in of_other_dtypes(call):
+                yield partial(limits.same_dtype.add, index), partial(run, variant, "an input of another dtype")
+            for index, variant in not_contiguous(call):
+                yield partial(limits.contiguous.add, index), partial(run, variant, "an input of other strides")
+        for variant in of_other_sizes(other, equal_sizes(call) if sizes is None else sizes) if is_eval else ():
+            yield None, partial(run, variant, "an input of another size")
+            yield partial(setattr, limits, "in_mixed_modes", False), partial(self._compare_mixed_modes, call)
+        for ones, tries in of_size_one(other, equal_sizes(call) if sizes is None else sizes):
+            if not any(known <= ones for known in limits.not_one):
+                yield (
+                    partial(limits.not_one.append, ones),
+                    partial(self._compare_first, ones, tries, errors=sizes is not None),
+                )
+
+    def _compare_first(self, ones: frozenset[int], tries: Iterable[Call], *, errors: bool) -> None:
+        """Compare the first call that the model can run. For the others, the graph must raise an error too."""
+        run = partial(self._compare, what="an input of size 1", may_fail=True, errors=errors)
+        self._one[ones] = any(map(run, tries)) or self._one.get(ones, False)
+
+    def _compare_mixed_modes(self, call: Call) -> None:
+        """Compare with some parts in the other mode, so that each part once has another mode than each other part."""
+        parts = [dict(each.named_modules()) for each in self._both]
+        called = {node.target for node in self._made.graph.find_nodes(op="call_module")}  # these follow their own mode
+        paths = [path for path in parts[0].keys() & parts[1].keys() if path not in called and not is_of_adapter(path)]
+        before = [{path: found[path].training for path in paths} for found in parts]
+        try:
+            paths.sort()  # the whole model is the first, and keeps its mode
+            for bit in range((len(paths) - 1).bit_length()):
+                for found, modes in zip(parts, before, strict=True):
+                    for index, path in enumerate(paths):
+                        found[path].training = modes[path] is not bool(index >> bit & 1)
+                self._compare(call, "the example with some parts in the other mode", may_fail=True)
+        finally:
+            for found, modes in zip(parts, before, strict=True):
+                for path, mode in modes.items():
+                    found[path].training = mode
+
+    def _compare_in_contexts(self, call: Call, sizes: Sizes | None) -> None:
+        """Compare with the parameters that an adapted model trains, and under autocast."""
+        levels = {value: value.requires_grad for value in self._flags}
+        for value, flag in self._flags.items():
+            value.requires_grad_(flag)
+        if levels:
+            self._compare(call, "the example with frozen parameters", grad=True, may_fail=True)
+        for value, flag in levels.items():
+            value.requires_grad_(flag)
+        self._limits.under_autocast = self._is_same_under_autocast(call)
+        if not self._limits.under_autocast and sizes is None:
+            raise CaptureError(f"{self._mode}its graph differs under autocast")
 
     def _is_same_under_autocast(self, call: Call) -> bool:
         """Whether outputs under autocast are near each other. A graph has the dtypes of a call without autocast."""
@@ -221,7 +332,7 @@ class _Comparison:
         """
         wanted = self._try(self._model, call, grad)
         if isinstance(wanted, Exception):
-            if grad and self._level:
+            if grad and self._level and not may_fail:
                 raise _NoGradientError from wanted
             if not may_fail:
                 raise ExampleError(f"{self._mode}it does not run on {what} ({_line(wanted)})") from wanted

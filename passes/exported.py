@@ -189,6 +189,8 @@ class _PlainOperators(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.register_hook:
+            raise CaptureError("it adds a hook to a tensor, which a graph drops")
         if func is Tensor.contiguous:
             return torch.ops.aten.contiguous.default(*args, **(kwargs or {}))
         if func in _CASTS:

@@ -14,6 +14,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.target import BASE_WEIGHT
 from hra_fx.passes.modes import ByMode
 from hra_fx.passes.nodes import attribute, module_path
+from hra_fx.selection.origin import keep_origin, origin_of
 
 #: What fx changes in copies: it makes all tensors that are read at the root persistent buffers, and drops other names.
 _KEPT = ("_parameters", "_buffers", NON_PERSISTENT, "_modules")
@@ -112,6 +113,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
             setattr(module, name, getattr(root, name))  # a tensor that is not a buffer
     module.training = root.training
     module.graph = graph
+    keep_origin(module, origin_of(root))
     for call in graph.find_nodes(op="call_module"):
         added = modules.get(str(call.target))
         if isinstance(added, ByMode) and call.users:

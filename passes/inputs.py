@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import itertools
 import operator
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +26,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import children_of, guard_function, guards_of, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call
+from hra_fx.passes.compare import Limits
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -50,45 +50,109 @@ def call_of(program: ExportedProgram) -> Call:
     return call
 
 
-def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:
-    """Add the nested arguments and results of a program to its graph, in place. Returns the nodes of the inputs."""
-    flat = iter(graph.find_nodes(op="placeholder"))
+class Condition(NamedTuple):
+    """A condition on the inputs of a graph.
+
+    Attributes:
+        code: a Python expression of `args`, the inputs of the graph.
+        text: the same expression with the names of the inputs.
+    """
+
+    code: str
+    text: str
+
+
+class Inputs(NamedTuple):
+    """The inputs of a graph.
+
+    Attributes:
+        arguments: the placeholders, in the order of the model's signature.
+        flat: the nodes of the values in them.
+        codes: for each flat value, its Python expression of `args`, the arguments.
+        texts: the same expressions with the names of the arguments.
+        conditions: those on the structure of the arguments.
+    """
+
+    arguments: list[fx.Node]
+    flat: list[fx.Node]
+    codes: list[str]
+    texts: list[str]
+    conditions: list[Condition]
+
+
+def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
+    """Add the nested arguments and results of a program to its graph, in place."""
+    parameters = inspect.signature(model.forward).parameters
+    names = argument_names(model, *call_of(program))
     specs = [spec for part in children_of(program.call_spec.in_spec) for spec in children_of(part)]
-    inputs: list[fx.Node] = []
-    for name, spec in zip(names, specs, strict=True):
-        parts = list(itertools.islice(flat, spec.num_leaves))
-        if spec.is_leaf():
-            parts[0].target = name
-        inputs += parts if spec.is_leaf() else _unpacked(graph, name, spec, parts)
+    old = list(graph.find_nodes(op="placeholder"))
+    flat, made = iter(old), Inputs([], [], [], [], [])
+    start = old[-1].next if old else next(iter(graph.nodes))
+    for name, default in _with_skipped(parameters, names):
+        index = len(made.arguments)
+        with graph.inserting_before(old[0] if old else start):
+            argument = graph.placeholder(name, default_value=default)
+        made.arguments.append(argument)
+        code = f"args[{index}]"
+        if name not in names:
+            test = " is None" if default is None else f" == {default!r}"
+            made.conditions.append(Condition(code + test, name + test))
+            continue
+        with graph.inserting_before(start):
+            for value, place in _leaves(graph, argument, specs[names.index(name)], name, code, made.conditions):
+                before = next(flat)
+                value.meta = dict(before.meta)
+                before.replace_all_uses_with(value)
+                made.flat.append(value)
+                made.codes.append(code + place)
+                made.texts.append(name + place)
+    for node in old:
+        graph.erase_node(node)
     end: Any = graph.output_node()
     results = iter(end.args[0])
     with graph.inserting_before(end):
         end.args = (_nested(graph, program.call_spec.out_spec, results),)
     graph.set_codegen(fx.graph.CodeGen())
-    return inputs
-
-
-def _unpacked(graph: fx.Graph, name: str, spec: Any, parts: list[fx.Node]) -> list[fx.Node]:
-    """Replace the placeholders of the tensors in a nested input with one placeholder and nodes that unpack it."""
-    with graph.inserting_before(parts[0] if parts else next(iter(graph.nodes))):
-        made = list(_leaves(graph, graph.placeholder(name), spec))
-    for old, new in zip(parts, made, strict=True):
-        new.meta = dict(old.meta)
-        old.replace_all_uses_with(new)
-        graph.erase_node(old)
     return made
 
 
-def _leaves(graph: fx.Graph, value: fx.Node, spec: Any) -> Iterator[fx.Node]:
-    """Create nodes for the tensors in a nested input."""
-    if spec.is_leaf():
-        yield value
-        return
-    if spec.type not in (tuple, list, dict):
-        raise CaptureError(f"its input {value.name!r} contains a {spec.type.__name__}, which a graph cannot unpack")
-    keys = spec.context if spec.type is dict else range(spec.num_children)
-    for key, child in zip(keys, children_of(spec), strict=True):
-        yield from _leaves(graph, graph.call_function(operator.getitem, (value, key)), child)
+def _with_skipped(parameters: Mapping[str, inspect.Parameter], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The arguments of a call and their defaults, with those that the call skips, so that all have their positions."""
+    empty = inspect.Parameter.empty
+    by_place = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    last = max((by_place.index(name) for name in names if name in by_place), default=-1)
+    skipped = [name for name in by_place[: last + 1] if name not in names]
+    for name in skipped:
+        if not isinstance(parameters[name].default, (bool, int, float, str, type(None))):
+            raise CaptureError(f"its argument {name!r} has a default that a graph cannot have. Pass it in the example")
+    order = [*by_place[: last + 1], *(name for name in names if name not in by_place)]
+    for name in order if skipped else names:
+        is_behind = bool(skipped) and name in by_place and by_place.index(name) > by_place.index(skipped[0])
+        yield name, parameters[name].default if name in skipped or is_behind else empty
+
+
+def _leaves(
+    graph: fx.Graph, value: fx.Node, spec: Any, name: str, code: str, conditions: list[Condition]
+) -> Iterator[tuple[fx.Node, str]]:
+    """Create nodes for the values in an argument, each with its place; add the conditions on its containers."""
+
+    def unpack(value: fx.Node, spec: Any, place: str) -> Iterator[tuple[fx.Node, str]]:
+        if spec.is_leaf():
+            yield value, place
+            return
+        if spec.type not in (tuple, list, dict):
+            raise CaptureError(f"its input {name!r} contains a {spec.type.__name__}, which a graph cannot unpack")
+        keys = spec.context if spec.type is dict else range(spec.num_children)
+        conditions.append(Condition(_has_form(code + place, spec, keys), _has_form(name + place, spec, keys)))
+        for key, child in zip(keys, children_of(spec), strict=True):
+            yield from unpack(graph.call_function(operator.getitem, (value, key)), child, f"{place}[{key!r}]")
+
+    return unpack(value, spec, "")
+
+
+def _has_form(value: str, spec: Any, keys: Sequence[Any]) -> str:
+    test = f"set({value}) == {set(keys)!r}" if keys and spec.type is dict else f"len({value}) == {len(keys)}"
+    return f"isinstance({value}, {spec.type.__name__}) and {test}"
 
 
 def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
@@ -102,7 +166,9 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
         return dict(zip(spec.context, children, strict=True))
     if spec.type is namedtuple:
         made = graph.call_function(spec.context, tuple(children))
-    elif issubclass(spec.type, dict):  # the outputs of transformers and diffusers
+    elif spec.type is OrderedDict:
+        made = graph.call_function(OrderedDict, (dict(zip(spec.context, children, strict=True)),))
+    elif issubclass(spec.type, dict) and spec.type is not defaultdict:  # the outputs of transformers and diffusers
         made = graph.call_function(spec.type, (), dict(zip(spec.context, children, strict=True)))
     else:
         raise CaptureError(f"it returns a {spec.type.__name__}, which a graph cannot create")
@@ -111,18 +177,6 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------
-
-
-class Condition(NamedTuple):
-    """A condition on the inputs of a graph.
-
-    Attributes:
-        code: a Python expression of `args`, the inputs of the graph.
-        text: the same expression with the names of the inputs.
-    """
-
-    code: str
-    text: str
 
 
 class InputChecks(nn.Module):
@@ -134,11 +188,17 @@ class InputChecks(nn.Module):
     def __init__(self, conditions: Sequence[Condition]) -> None:
         """Store the conditions."""
         super().__init__()
+        vars(self)["parts"] = ()  # those of the graph that must have its mode
         self.conditions: tuple[Condition, ...] = ()
         self.add(conditions)
 
     def forward(self, *args: Any) -> None:
         """Check all inputs."""
+        if any(part.training is not self.training for child in vars(self)["parts"] for part in child.modules()):
+            raise AssertionError(
+                "parts of the graph have different modes, and it is right only if all have the same. Call "
+                "graph.train() or graph.eval(), or use the original model."
+            )
         self._check(*args)
 
     def add(self, conditions: Sequence[Condition]) -> None:
@@ -173,47 +233,48 @@ def _code(conditions: Sequence[Condition]) -> str:
     return "\n".join([*lines, "    return None"])
 
 
-def size_conditions(
-    names: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]], not_one: Sequence[frozenset[int]]
-) -> list[Condition]:
-    """The conditions that sizes are not 0, and that those in a set of `not_one` are not all 1."""
-    args, made = [f"args[{index}]" for index in range(len(names))], []
-    for chosen in [frozenset([which]) for which in range(len(sizes))] + [some for some in not_one if len(some) > 1]:
-        places = [
-            (index, f".size()[{dimension}] > {int(chosen in not_one)}")
-            for (index, dimension), *_ in (sizes[which] for which in chosen)
-        ]
-        code, text = (" or ".join(f"{shown[index]}{rest}" for index, rest in places) for shown in (args, names))
-        made.append(Condition(code, text))
-    return made
+def limit_conditions(inputs: Inputs, sizes: Sequence[Sequence[tuple[int, int]]], limits: Limits) -> list[Condition]:
+    """The conditions that sizes are not 0, and those that a comparison found."""
+    made: list[tuple[list[int], str]] = []  # indices of flat inputs, and a test of them
+    for ones in [frozenset([which]) for which in range(len(sizes))] + [
+        some for some in limits.not_one if len(some) > 1
+    ]:
+        places = [sizes[which][0] for which in sorted(ones)]
+        least = int(ones in limits.not_one)
+        test = " or ".join(f"{{{i}}}.size()[{dimension}] > {least}" for i, (_, dimension) in enumerate(places))
+        made.append(([index for index, _ in places], test))
+    made += [([index], f"{{0}}.dtype == {inputs.flat[index].meta['val'].dtype}") for index in sorted(limits.same_dtype)]
+    made += [([index], "{0}.is_contiguous()") for index in sorted(limits.contiguous)]
+    if not limits.under_autocast:
+        made.append(([], "not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"))
+    return [
+        Condition(*(test.format(*(shown[index] for index in which)) for shown in (inputs.codes, inputs.texts)))
+        for which, test in made
+    ]
 
 
-def conditions_of(
-    program: ExportedProgram, names: list[str], inputs: list[fx.Node]
-) -> tuple[list[Condition], list[str]]:
-    """The conditions on the flat inputs of a program, and their names, with the keys of nested ones."""
+def conditions_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> list[Condition]:
+    """The conditions on the inputs of a program."""
     args, kwargs = call_of(program)
-    given = dict(zip(names, (*args, *kwargs.values()), strict=True))
-    paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
+    given = dict(zip(argument_names(model, args, kwargs), (*args, *kwargs.values()), strict=True))
     # Each expression that torch.export may use for an input -> the index of this input.
     sources: dict[str, int] = {}
     variadic: dict[str, int] = {}
-    for index, path in enumerate(paths):
+    for index, (path, _) in enumerate(pytree.tree_flatten_with_path(given)[0]):
         sources[f"L['flat_args'][{index}]"] = sources[f"L{pytree.keystr(path)}"] = index
         name, _, place = path[0].key.rpartition("_")
         if place.isdigit():  # an item of *args, or an argument with such a name
             variadic[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
-    shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
-    found: list[Condition] = []
+    found = list(inputs.conditions)
     # The code of `torch.export` reads inputs from `L`.
-    for original in dict.fromkeys([*_of_shapes(program, inputs), *guards_of(program)]):
+    for original in dict.fromkeys([*_of_shapes(program, inputs.flat), *guards_of(program)]):
         text = code = original.replace("\n", "")
         # Those of known inputs first: a guess may be a prefix of one.
         for source, index in (sources | variadic | sources).items():
-            code = code.replace(source, f"args[{index}]")
-            text = text.replace(source, shown[index])
+            code = code.replace(source, inputs.codes[index])
+            text = text.replace(source, inputs.texts[index])
         found.append(Condition(code, ast.unparse(ast.parse(text, mode="eval"))))
-    return found, shown
+    return found
 
 
 def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]:
@@ -226,13 +287,15 @@ def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]
             if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
                 yield f"{source} == {value!r}" if value is not None else f"{source} is None"
             continue
+        yield f"isinstance({source}, torch.Tensor)"
         yield f"{source}.dim() == {value.dim()}"
-        # Numeric and boolean masks have different meanings, and a model may check the kind of dtype.
+        # Numeric and boolean masks have different meanings, so have images of bytes, and a model may check the kind.
         if value.is_floating_point() or value.is_complex():
             yield f"{source}.dtype.is_floating_point == {value.is_floating_point()}"
+        elif value.dtype in (torch.bool, torch.uint8):
+            yield f"{source}.dtype == {value.dtype}"
         else:
-            is_bool = f"({source}.dtype == torch.bool) == {value.dtype is torch.bool}"
-            yield f"{is_bool} and not {source}.dtype.is_floating_point"
+            yield f"{source}.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)"
         for dimension, size in enumerate(value.shape):
             here = f"{source}.size()[{dimension}]"
             if isinstance(size, int):

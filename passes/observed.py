@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -14,12 +16,15 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, clone_inputs
+from hra_fx.layers.target import ADAPTER_CHILDREN, FACTORS
 
 #: Attributes of every module. Parameters, hooks and others are compared in other ways.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _OPAQUE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module)
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _DEPTH = 4
+#: The scale of gradients.
+_LARGE = 1000.0
 _RANDOM, _FUNCTIONS, _GRADIENT = "the random generators", "custom autograd functions", "the gradient of "
 
 
@@ -43,10 +48,17 @@ def attributes(model: nn.Module) -> dict[str, Any]:
                 collect(f"{name}{item}", each, depth - 1)
 
     for path, part in model.named_modules():
+        if is_of_adapter(path):
+            continue
         for name, value in (vars(part) | part._buffers).items():
             if name not in _OF_TORCH:
                 collect(f"{path}.{name}".lstrip("."), value, _DEPTH)
     return found
+
+
+def is_of_adapter(path: str) -> bool:
+    """Whether a module belongs to an adapter."""
+    return not ADAPTER_CHILDREN.isdisjoint(path.split(".")) or path == FACTORS
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -57,7 +69,11 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (set, frozenset)):
         yield ".items", str(sorted(map(repr, value)))
     elif not type(value).__module__.startswith(("torch.", "logging")):
-        yield from ((f".{key}", item) for key, item in getattr(value, "__dict__", {}).items())
+        if hasattr(value, "__dict__"):
+            yield from ((f".{key}", item) for key, item in vars(value).items())
+        else:  # a deque, an array of NumPy, an object with slots
+            with suppress(Exception):
+                yield ".state", pickle.dumps(value)
 
 
 def attribute_changes(before: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -107,9 +123,14 @@ def observe(
 
 
 def _gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[str, Any]:
-    """The gradients of a weighted sum of all outputs; a sum of squares would be constant if an output is normalized."""
+    """The gradients of a weighted sum of all outputs, large enough for a hook that clips them.
+
+    A sum of squares would be constant if an output is normalized.
+    """
     parts = [torch.view_as_real(x) if x.is_complex() else x for x in outputs if x.requires_grad]
-    losses = [(x * torch.arange(x.numel(), device=x.device).view(x.shape).sin().to(x.dtype)).sum() for x in parts]
+    losses = [
+        (x * torch.arange(x.numel(), device=x.device).view(x.shape).sin().mul(_LARGE).to(x.dtype)).sum() for x in parts
+    ]
     found = torch.autograd.grad(losses, list(leaves.values()), allow_unused=True) if losses and leaves else ()
     given = {name: x for name, x in zip(leaves, found, strict=False) if x is None or x.numel()}
     # Compared with the largest gradient, a small one may be rounding noise.
@@ -161,7 +182,7 @@ def is_near(wanted: Any, found: Any) -> bool:
     if not isinstance(found, Tensor) or found.shape != wanted.shape:
         return False
     one, other = found.double().nan_to_num(), wanted.double().nan_to_num()
-    return float((one - other).norm()) <= 0.2 * float(other.norm()) + 1e-6
+    return float((one - other).norm()) <= 0.05 * float(other.norm()) + 1e-6
 
 
 def shown(value: Any, other: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def tensors_of(call: Call) -> dict[int, Tensor]:
     return {index: leaf for index, leaf in enumerate(pytree.tree_leaves(call)) if isinstance(leaf, Tensor)}
 
 
-def _replaced(call: Call, values: Mapping[int, Tensor | None]) -> Call:
+def _replaced(call: Call, values: Mapping[int, Any]) -> Call:
     leaves, spec = pytree.tree_flatten(call)
     made: Call = pytree.tree_unflatten([values.get(index, leaf) for index, leaf in enumerate(leaves)], spec)
     return made
@@ -32,36 +33,50 @@ def _is_mask(value: Tensor) -> bool:
 
 def with_other_values(call: Call) -> Iterator[Call]:
     """Calls with other numbers, indices in another order, and in most of them other masks."""
+    tensors = tensors_of(call)
     for by_rows in (False, True):  # a model may need the same number of end tokens in each row
-        yield _replaced(call, {index: _other_value(value, by_rows) for index, value in tensors_of(call).items()})
-    yield _replaced(call, {index: _other_value(x, True) for index, x in tensors_of(call).items() if not _is_mask(x)})
+        yield _replaced(call, {index: _other_value(index, value, by_rows) for index, value in tensors.items()})
+    yield _replaced(call, {index: _other_value(index, x, True) for index, x in tensors.items() if not _is_mask(x)})
 
 
-def _other_value(value: Tensor, by_rows: bool) -> Tensor:
+def _other_value(index: int, value: Tensor, by_rows: bool) -> Tensor:
     if _is_mask(value):  # the first third of a row is padding
         value = value.clone()
         first = value[0, ..., : max(1, value.shape[-1] // 3)]
         first.copy_(~first if value.dtype is torch.bool else torch.zeros_like(first))
         return value
     if value.is_floating_point() or value.is_complex():
-        return value.flip(tuple(range(value.dim()))) * 0.9
+        return value.flip(tuple(range(value.dim()))) * 0.9 ** (index + 1)  # inputs that are equal are no longer equal
     return value.roll(1, 0) if by_rows and value.dim() else value.flatten().roll(1).view(value.shape)
 
 
-def variants(call: Call, other: Call, sizes: Sizes | None) -> Iterator[tuple[frozenset[int], Call]]:
-    """Calls in other sizes, with the indices of the sizes that are 1. Without `sizes`, also other kinds of inputs."""
-    if sizes is None:
-        for index, value in tensors_of(call).items():
-            yield frozenset(), _replaced(call, {index: None})
-            if _is_mask(value):
-                yield (
-                    frozenset(),
-                    _replaced(call, {index: value.float() if value.dtype is torch.bool else value.bool()}),
-                )
-    yield from _with_other_sizes(other, _equal_sizes(call) if sizes is None else sizes)
+def of_other_kinds(call: Call) -> Iterator[Call]:
+    """Calls with `None`, a number, or a mask of another kind in the place of a tensor."""
+    for index, value in tensors_of(call).items():
+        yield _replaced(call, {index: None})
+        if value.numel() == 1:
+            yield _replaced(call, {index: value.item()})
+        if _is_mask(value):
+            yield _replaced(call, {index: value.float() if value.dtype is torch.bool else value.bool()})
 
 
-def _equal_sizes(call: Call) -> Sizes:
+def of_other_dtypes(call: Call) -> Iterator[tuple[int, Call]]:
+    """Calls in which one floating-point tensor has another dtype, with its index."""
+    for index, value in tensors_of(call).items():
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            if value.is_floating_point() and value.dtype is not dtype:
+                yield index, _replaced(call, {index: value.to(dtype)})
+
+
+def not_contiguous(call: Call) -> Iterator[tuple[int, Call]]:
+    """Calls in which one tensor has other strides, with its index."""
+    for index, value in tensors_of(call).items():
+        if value.dim() > 1 and value.is_contiguous():
+            yield index, _replaced(call, {index: value.mT.contiguous().mT})
+
+
+def equal_sizes(call: Call) -> Sizes:
+    """The sizes of a call, if equal ones belong together."""
     found: dict[int, list[tuple[int, int]]] = {}
     for index, value in tensors_of(call).items():
         for dimension, size in enumerate(value.shape):
@@ -69,29 +84,43 @@ def _equal_sizes(call: Call) -> Sizes:
     return list(found.values())
 
 
-def _with_other_sizes(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], Call]]:
+def of_size_one(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], list[Call]]]:
+    """Sets of sizes that are 1, alone, in pairs, and all, twice; with calls to try until the model can run one."""
     # torch.export assumes that a size is at least 2, and drops what follows: so 1 beside the smallest others.
     every = range(len(sizes))
-    for index in every:
-        yield frozenset([index]), _resized(call, sizes, {index: 1})
-        if len(sizes) > 1:
-            yield frozenset([index]), _resized(call, sizes, {**dict.fromkeys(every, 2), index: 1})
-    if len(sizes) > 1:
-        yield frozenset(every), _resized(call, sizes, dict.fromkeys(every, 1))
+    chosen = [{index} for index in every] + [{*pair} for pair in itertools.combinations(every, 2)] + [set(every)]
+    for ones in dict.fromkeys(map(frozenset, chosen)):
+        wanted = dict.fromkeys(ones, 1)
+        smallest = dict.fromkeys(every, 2) | wanted
+        for small in (wanted, smallest):
+            yield ones, [_resized(call, sizes, small, limit) for limit in (None, 1, 0)]
+
+
+def of_other_sizes(call: Call, sizes: Sizes) -> Iterator[Call]:
+    """Calls with smaller and with larger sizes."""
+    every = range(len(sizes))
     largest = max(
         (tensors_of(call)[index].shape[dimension] for places in sizes for index, dimension in places), default=0
     )
     for size in range(2, min(largest, 4)):
-        yield frozenset(), _resized(call, sizes, dict.fromkeys(every, size))
-    yield frozenset(), _resized(call, sizes, dict.fromkeys(every, -1))
+        yield _resized(call, sizes, dict.fromkeys(every, size))
+    yield _resized(call, sizes, dict.fromkeys(every, -1))
 
 
-def _resized(call: Call, sizes: Sizes, wanted: Mapping[int, int]) -> Call:
-    """The call with the first items of some sizes; for -1, with its first item again at the end."""
+def _resized(call: Call, sizes: Sizes, wanted: Mapping[int, int], limit: int | None = None) -> Call:
+    """The call with the first items of some sizes; for -1, with its first item again at the end.
+
+    `limit` is the largest integer, for indices and lengths that must fit into the new size.
+    """
     tensors = tensors_of(call)
     for which, size in wanted.items():
         for index, dimension in sizes[which]:
             x = tensors[index]
             part = x.narrow(dimension, 0, min(abs(size), x.shape[dimension]))
             tensors[index] = torch.cat([x, part], dimension) if size < 0 else part
+    if limit is not None:
+        tensors = {
+            index: x if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool else x.clamp(max=limit)
+            for index, x in tensors.items()
+        }
     return _replaced(call, tensors)

@@ -7,18 +7,19 @@ cannot trace a model, `capture` records a call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+import keyword
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import has_own_hooks
+from hra_fx.compat import has_own_hooks, pytree
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
 from hra_fx.layers.target import find_kind
 from hra_fx.passes.capture import capture_layers
-from hra_fx.passes.compare import ExampleError, compare, with_shared_tensors
+from hra_fx.passes.compare import Attach, ExampleError, compare, with_shared_tensors
 from hra_fx.passes.exported import LOCK, depends_on_mode
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.modes import merge_modes
@@ -26,7 +27,11 @@ from hra_fx.passes.observed import attribute_changes, attributes, random_states
 
 
 def trace(
-    model: nn.Module, layers: Collection[nn.Module], example_inputs: Any = None, dynamic_shapes: Any = None
+    model: nn.Module,
+    layers: Collection[nn.Module],
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    attach: Attach | None = None,
 ) -> fx.GraphModule:
     """Trace a model into a GraphModule that shares its modules and parameters, for train and eval mode.
 
@@ -34,10 +39,16 @@ def trace(
         model: any module. It is not changed.
         layers: modules that stay calls, in addition to those that can be adapted or depend on the mode.
         example_inputs, dynamic_shapes: see `hra_fx.transform`.
+        attach: adds adapters to a model or a graph. If it is given, both are compared with their adapters.
 
     Raises:
         AdapterError: neither torch.fx nor torch.export can trace the model.
     """
+    if odd := next(_odd_names(model), None):
+        raise AdapterError(
+            f"trace=True: {type(model).__name__} has an attribute {odd!r}, a name that a graph cannot have. Rename it,"
+            " or leave out trace=True."
+        )
     call = None if example_inputs is None else normalize_inputs(example_inputs)
     reason = ""
     if dynamic_shapes is None:
@@ -46,7 +57,7 @@ def trace(
                 raise CaptureError("it has forward hooks, which torch.fx does not run")
             if made := trace_by_fx(model, layers, call):
                 if example := call or guessed_call(model):  # without an example, nothing can be compared
-                    compare(model, made, example)
+                    compare(model, made, example, attach=attach)
                 return made
         except CaptureError as error:
             if call and isinstance(error, ExampleError):
@@ -59,9 +70,17 @@ def trace(
             "out trace=True."
         )
     try:
-        return capture_layers(model, call, dynamic_shapes)
+        return capture_layers(model, call, dynamic_shapes, attach)
     except CaptureError as error:
         raise refusal(model, error, "Leave out trace=True: the adapted layers work without a graph.") from error
+
+
+def _odd_names(model: nn.Module) -> Iterator[str]:
+    """The attributes with a name that is a keyword of Python, or of a GraphModule."""
+    for path, part in model.named_modules():
+        for name in (*part._modules, *part._parameters, *part._buffers):
+            if keyword.iskeyword(name) or (not path and hasattr(fx.GraphModule, name)):
+                yield f"{path}.{name}".lstrip(".")
 
 
 def refusal(model: nn.Module, error: CaptureError, advice: str = "") -> AdapterError:
@@ -80,6 +99,8 @@ def trace_by_fx(model: nn.Module, layers: Collection[nn.Module], call: Call | No
     graph, modules = _in_both_modes(model, layers)
     if call is not None:
         args, kwargs = call
+        if not all(isinstance(value, Tensor) for value in pytree.tree_leaves(call)):
+            return None  # a value that is not a tensor is a constant of a capture
         try:
             given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         except TypeError:

@@ -78,17 +78,6 @@ class Assigning(Branches):
         return self.average(hidden, 0.1)
 
 
-class Keyword(Branches):
-    """A layer has the name of a Python keyword."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict({"in": nn.Linear(8, 8)})
-
-    def middle(self, hidden: Tensor) -> Any:
-        return self.layers["in"](hidden)
-
-
 class Stops(torch.autograd.Function):
     """Has no node in the backward graph."""
 
@@ -121,7 +110,6 @@ CAPTURES: dict[str, tuple[type[nn.Module], str]] = {
     ),
     "counter": (middle(counted), "in eval mode, after two calls, calls is 2, in its graph None"),
     "buffer": (Assigning, r"in eval mode, after two calls, average\.mean is"),
-    "keyword": (Keyword, r"torch\.export fails \(SyntaxError"),
     "lookup": (
         middle(lambda self, hidden: hidden * 3 if hidden.shape[0] in {2, 4} else hidden),
         f"torch.export fails {LINE}.*unhash",
@@ -135,7 +123,7 @@ CAPTURES: dict[str, tuple[type[nn.Module], str]] = {
     ),
     "tensor hook": (
         middle(lambda self, hidden: (hidden.register_hook(lambda grad: grad * 2), hidden)[1]),
-        r"in eval mode, the gradient of first\.weight differs for the example",
+        "it adds a hook to a tensor",
     ),
     "module hook": (HooksModule, "backward hooks are registered for it, which a graph drops"),
     "random": (middle(lambda self, hidden: hidden if random.random() < 0.5 else torch.tanh(hidden)), DRAWS),
