@@ -12,9 +12,8 @@ upper triangular `T: (k, k)`:
 An adapted layer uses `W Q` instead of `W`, so it maps a row of inputs as `x -> x Q^T`. With Gram-Schmidt, the
 paper's product is `Q = I - 2 V V^T` with orthonormal `V`, which is the chain of the columns of `V`.
 
-Under torch.export, `T` and Gram-Schmidt use matrix products only, because other runtimes lack triangular solve and QR
-(`wy_of_products`, `basis_of_products`). These only use core ATen and are differentiable. The number of steps depends
-only on the shape, so the exported graph does not have loops.
+Under torch.export, `T` is computed with matrix products only (`wy_of_products`), because other runtimes lack triangular
+solve. The number of steps depends only on the shape, so the exported graph does not have loops.
 """
 
 from __future__ import annotations
@@ -147,9 +146,11 @@ def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
-    """Compute Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R`, where `R` has a positive diagonal.
+    """Compute Gram-Schmidt: the factor `V` of `U = V R` with orthonormal columns, where `R` has a positive diagonal.
 
-    PEFT uses the classical recurrence, which loses orthogonality with the square of the condition number.
+    In PEFT's recurrence, orthogonality is lost with the square of the condition number. Here each projection is applied
+    twice, and the second one removes the rounding error of the first ("twice is enough", Giraud et al. 2005,
+    https://doi.org/10.1007/s00211-005-0615-4). All runtimes support these operators, unlike QR.
 
     `U: (..., d, r)` must have full column rank (see `statistics.inverse_condition`). `V: (..., d, r)` is at least
     float32, even under autocast.
@@ -160,49 +161,16 @@ def orthonormalize(vectors: Tensor) -> Tensor:
                 [0., 1.]])
     """
     with without_autocast(vectors):
-        wide = vectors.to(working_dtype(vectors.dtype))
-        if compat.is_exporting():
-            return basis_of_products(wide)
-        if wide.is_cuda:
-            return cholesky_basis(wide)
-        basis, triangle = torch.linalg.qr(wide)
-        signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(basis.dtype)
-        # Adding zero turns -0.0 into 0.0 after a sign flip.
-        orthonormal: Tensor = basis * signs.unsqueeze(-2) + 0.0
-    return orthonormal
-
-
-def cholesky_basis(vectors: Tensor) -> Tensor:
-    """Compute Gram-Schmidt by two Cholesky factorizations, for GPUs, where QR runs dozens of kernels for each matrix.
-
-    CholeskyQR2 (Yamamoto et al. 2015, ETNA 44, pages 306 to 326) is computed in float64. There it is as accurate as
-    Householder QR up to a condition number of about 1e8. The result is NaN if a factorization fails.
-    """
-    rows = normalize(vectors).double().mT
-    for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
-        factor = factor.masked_fill(failed[..., None, None] > 0, torch.nan)
-        rows = torch.linalg.solve_triangular(factor, rows, upper=False)
-    return rows.mT.to(vectors.dtype)
-
-
-def basis_of_products(vectors: Tensor) -> Tensor:
-    """Compute Gram-Schmidt by the recurrence, with each projection applied twice.
-
-    A single projection loses orthogonality with the square of the condition number; the second one removes the rounding
-    error of the first ("twice is enough", Giraud et al. 2005, https://doi.org/10.1007/s00211-005-0615-4).
-    """
-    # The basis does not depend on the lengths, and the squares of unit vectors do not overflow.
-    units = normalize(vectors)
-    basis = units  # of no vectors
-    for step in range(units.shape[-1]):
-        column = units[..., step : step + 1]
-        if step:
-            for _ in range(2):
-                column = column - basis @ (basis.mT @ column)
-        column = column / (column * column).sum(dim=-2, keepdim=True).sqrt()
-        basis = torch.cat([basis, column], dim=-1) if step else column
-    return basis
+        # The basis does not depend on the lengths, and the squares of unit vectors do not overflow.
+        units = normalize(vectors.to(working_dtype(vectors.dtype)))
+        columns: list[Tensor] = []
+        for column in torch.split(units, 1, dim=-1):
+            if columns:
+                basis = torch.cat(columns, dim=-1)
+                for _ in range(2):
+                    column = column - basis @ (basis.mT @ column)
+            columns.append(column / (column * column).sum(dim=-2, keepdim=True).sqrt())
+        return torch.cat(columns, dim=-1)
 
 
 def init_vectors(d: int, r: int, *, apply_GS: bool, init_weights: bool, dtype: torch.dtype = torch.float32) -> Tensor:

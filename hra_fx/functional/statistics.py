@@ -8,7 +8,7 @@ the share of this part in the whole weight. It limits how much the adapter can c
 
 With `I - Q = V M V^T`, `M` is normal with singular values `2 sin(angle / 2)`, so the left singular vectors `G` of the
 nonzero ones span the rotated directions: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product. The
-change of the weight follows from the same product: `|W Q - W|_F = |W V M|_F = |(W V G) (G^T M)|_F`.
+change of the weight follows from the same product: `|W Q - W|_F = |W V M|_F`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from hra_fx.functional.householder import normalize, span, working_dtype
+from hra_fx.functional.low_rank import project
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The number of elements of a weight that are cast at a time.
-_CHUNK = 1 << 22
 
 
 class RotationStats(NamedTuple):
@@ -95,7 +94,7 @@ class RelativeChange(NamedTuple):
 
 
 def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
-    """Compute how much a chain `U: (d, k)` changes a weight `rows: (out, d)`, which is cast in pieces.
+    """Compute how much a chain `U: (d, k)` changes a weight `rows: (out, d)`.
 
     The result is 0 for a weight of zeros, and NaN if the weight or the chain has no data or is not finite.
 
@@ -109,21 +108,14 @@ def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
         return RelativeChange(0.0, 0.0)
     basis, moved = span(normalize(chain.detach()))
     left, sizes, _ = torch.linalg.svd(moved)
-    left = left[:, sizes > min_angle(chain)]
-    directions, moved = (part.to(rows.device, working_dtype(rows.dtype)) for part in (basis @ left, left.mT @ moved))
+    inside = project(rows.detach(), basis)
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    part, change, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(3))
-    for piece in torch.split(rows.detach(), max(1, _CHUNK // max(1, rows.shape[1]))):
-        cast = piece.to(directions.dtype)
-        inside = cast @ directions
-        for total, matrix in ((part, inside), (change, inside @ moved), (whole, cast)):
-            # Sum each row separately: a single float32 sum over millions of elements has only three correct digits.
-            total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
-    size = float(whole)
-    if not size:
+    whole = float(torch.linalg.vector_norm(rows.detach(), dtype=wide))
+    if not whole:
         return RelativeChange(0.0, 0.0)
+    rotated = float((inside @ left[:, sizes > min_angle(chain)]).norm())
     # Rounding can make the share slightly more than 1.
-    return RelativeChange(min(float(part) / size, 1.0), math.sqrt(float(change) / size))
+    return RelativeChange(min((rotated / whole) ** 2, 1.0), float((inside @ moved).norm()) / whole)
 
 
 def readable_rows(weight: Tensor, width: int, *, fan_in_fan_out: bool) -> Tensor | None:

@@ -25,7 +25,7 @@ from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import parameters_hint, parameters_problem, targeted_parameters
-from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
+from hra_fx.selection.suggestions import format_names, leaf_names, some_of, suffixes, suggestion
 
 #: Path -> module. A shared module occurs under each of its paths, in order.
 Modules: TypeAlias = Mapping[str, nn.Module]
@@ -40,8 +40,6 @@ _TASK_HEADS = {
 }
 #: PEFT shortens the entries of `target_modules` if there are so many, which changes what layer indices select.
 _SHORTEN_FROM = 20
-#: The number of layers that a message names.
-_SHOWN = 8
 #: Fields that can exclude layers that the targets match.
 _EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SUPPORTED = (
@@ -73,14 +71,9 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
     own = _own(modules)
     if not chosen:
         raise SelectionError(_no_match(model, config, own))
-    for path, module in chosen.items():
-        if find_kind(module) is None:
-            raise SelectionError(_wrong_type(path, module))
+    if any(find_kind(module) is None for module in chosen.values()):
+        raise SelectionError(_wrong_types(chosen, own))
     _check_saved(config, chosen, own)
-    if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in once(own)):
-        hint = suggestion(config.exclude_modules, list(own))
-        text = f"`exclude_modules={format_names(config.exclude_modules)}` matches no module. {hint}"
-        warnings.warn(text, HRAWarning, stacklevel=2)
     _warn_unmatched(model, config, own)
     return chosen
 
@@ -282,69 +275,73 @@ def _check_saved(config: HRAConfig, chosen: Modules, modules: Modules) -> None:
     for path, layer in chosen.items():
         if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
             is_experts = isinstance(layer, ExpertsWeight)  # `exclude_modules` does not restrict these
-            field = "target_parameters" if is_experts else "target_modules"
             fix = "Use longer names in `target_parameters`" if is_experts else f"Add exclude_modules=[{path!r}]"
             raise SelectionError(
-                f"{path}: a layer cannot be both adapted and saved in full, but `{field}` matches {path!r} and "
-                f"`modules_to_save={config.modules_to_save}` matches {owner!r}. {fix}, or use "
-                "a longer name in `modules_to_save`."
+                f"{path}: a layer cannot be both adapted and saved in full, but "
+                f"`modules_to_save={config.modules_to_save}` matches {owner!r}. {fix}, or use a longer name in "
+                "`modules_to_save`."
             )
 
 
 def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> None:
-    """Warn about each name in `target_modules` that does not match any path. A regular expression is a single entry."""
-    names = config.target_modules
+    """Warn about names in `target_modules` and about `exclude_modules` that match no module."""
+    names, excluded, class_name = config.target_modules, config.exclude_modules, type(model).__name__
+    if excluded and not any(_matches(excluded, path) for path in modules):
+        hint = suggestion(excluded, list(modules))
+        text = f"`exclude_modules={format_names(excluded)}` matches no module. {hint}"
+        warnings.warn(text, HRAWarning, stacklevel=4)
     # A saved adapter may list the default names of its architecture, but a model may have only some of them.
-    if names is None or isinstance(names, str) or config.inference_mode:
-        return
-    known = {suffix for path in modules for suffix in suffixes(path)}
-    for name in sorted(set(names) - known):
+    listed = set() if names is None or isinstance(names, str) or config.inference_mode else set(names)
+    for name in sorted(listed - {suffix for path in modules for suffix in suffixes(path)}):
         hint = parameters_hint(model, names=[name]) or suggestion([name], _adaptable_in(modules))
-        text = f"`target_modules`: the entry {name!r} matches no module of {type(model).__name__}. {hint}"
+        text = f"`target_modules`: the entry {name!r} matches no module of {class_name}. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=4)
 
 
-def _wrong_type(path: str, module: nn.Module) -> str:
-    """The message for a matched module with an unsupported type."""
-    class_name = type(module).__name__
-    if type(module).__module__.startswith("torch.ao."):
-        return (
-            f"{path}: `target_modules` matches this {class_name} of torch.ao, a quantized layer that hides its weight "
-            "and does not pass gradients. Adapt, train and fold the model before you quantize it, or quantize it with "
-            "torchao, for example with Int8DynamicActivationInt8WeightConfig."
-        )
-    text = f"{path}: `target_modules` matches this {class_name}, but only {_SUPPORTED} can be adapted. "
-    if below := _adaptable_in(_own(walk(module))):
-        names = [f"{path}.{inner}" for inner in below[:_SHOWN]]
-        more = " and so on" if len(below) > _SHOWN else ""
-        return text + f"To adapt the layers inside it, use target_modules={names}{more}."
-    if hint := parameters_hint(module, path):
-        return text + hint
-    return text + f"Remove it from `target_modules`, or add exclude_modules=[{path!r}]."
+def _wrong_types(chosen: Modules, modules: Modules) -> str:
+    """The message for matched modules with unsupported types: all of them, and fields that select layers instead."""
+    wrong = {path: module for path, module in chosen.items() if find_kind(module) is None}
+    kinds = {type(module): type(module).__module__.startswith("torch.ao.") * "torch.ao " for module in wrong.values()}
+    named = some_of([f"{path} ({kinds[type(module)]}{type(module).__name__})" for path, module in wrong.items()])
+    text = f"`target_modules` matches {named}, but only {_SUPPORTED} can be adapted. "
+    inside = tuple(f"{path}." for path in wrong)
+    if layers := [path for path in _adaptable_in(modules) if path in chosen or path.startswith(inside)]:
+        return f"{text}Use {_fields_for(layers, list(once(modules)))}."
+    hints = (parameters_hint(module, path) for path, module in wrong.items())
+    return text + (next(filter(None, hints), None) or "Remove them from `target_modules`, or use `exclude_modules`.")
+
+
+def _fields_for(layers: list[str], paths: list[str]) -> str:
+    """Fields that select exactly these layers: ends of their paths, perhaps with indices of blocks, or the paths."""
+    blocks = sorted({index for path in layers if (index := layer_index(HRAConfig(), path)) is not None})
+    for count in (1, 2, 3):
+        names = list(dict.fromkeys(".".join(path.split(".")[-count:]) for path in layers))
+        for indices in (None, blocks):
+            trial = HRAConfig(target_modules=names, layers_to_transform=indices)
+            if [path for path in paths if is_target(trial, path, names)] == layers:
+                return f"target_modules={names}" + (f", layers_to_transform={indices}" if indices else "")
+    return f"target_modules={format_names(layers)}"
 
 
 def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     """The message for a configuration that does not select any module."""
-    class_name, default = type(model).__name__, config.target_modules is None
+    class_name, layers = type(model).__name__, _adaptable_in(modules)
     if find_kind(model):
         return f"The model itself is a layer ({class_name}), and only layers inside a model can be adapted. Wrap it."
-    layers = _adaptable_in(modules)
     if not layers:
         return f"{class_name} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
     targets = resolve_targets(model, config, modules)
-    shown = f"`target_modules={format_names(targets if default else config.target_modules)}`"
-    shown += f", the default for {_model_type(model)!r}," * default
+    shown = f"`target_modules={format_names(config.target_modules)}`"
+    if config.target_modules is None:
+        shown = f"`target_modules={format_names(targets)}`, the default for {_model_type(model)!r},"
     if not targets:
         return f"{shown} is empty. The layers of {class_name} are called {leaf_names(layers)}."
     matched = [path for path in once(modules) if _matches(targets, path)]
     if not matched:
         hint = parameters_hint(model, names=[targets] if isinstance(targets, str) else targets)
         return f"{shown} matches no module of {class_name}. {hint or suggestion(targets, layers)}"
-    found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"
     given = {name: getattr(config, name) for name in _EXCLUDING}
-    fields = [f"{name}={value!r}" for name, value in given.items() if value not in (None, [], "")]
-    text = f"{shown} matches {found}, but none is left after {' and '.join(fields)}."
+    fields = " and ".join(f"{name}={value!r}" for name, value in given.items() if value not in (None, [], ""))
     indices = {index for path in matched if (index := layer_index(config, path)) is not None}
-    if not _uses_indices(config) or not indices:
-        return text
-    return f"{text} Their layer indices are {min(indices)} to {max(indices)}."
+    text = f"{shown} matches {some_of(matched, 1)}, but none is left after {fields}."
+    return f"{text} Their layer indices are {min(indices)} to {max(indices)}." if indices else text

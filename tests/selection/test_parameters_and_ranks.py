@@ -85,7 +85,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"modules_to_save": ["experts"]},
-        r"`target_parameters` matches .*hra_gate_up_proj' .*\. Use longer names in `target_parameters`, or use a l",
+        r"hra_gate_up_proj: a layer cannot be both .*\. Use longer names in `target_parameters`, or use a l",
     ),
     (
         {"r": 17, "apply_GS": True},

@@ -69,19 +69,19 @@ MESSAGES: list[Case] = [
     (
         tiny_opt,
         {"layers_to_transform": [7]},
-        "self_attn.v_proj', but none is left after layers_to_transform=[7]. Their layer indices are 0 to 2.",
+        "self_attn.v_proj and 5 more, but none is left after layers_to_transform=[7]. Their layer indices are 0 to 2.",
     ),
     (
         Nested,
         {"target_modules": ["head"], "exclude_modules": "he.*"},
-        "['head']` matches 1 module such as 'head', but none is left after exclude_modules='he.*'.",
+        "['head']` matches head, but none is left after exclude_modules='he.*'.",
     ),
     (
         tiny_bert,
         {"target_modules": ["attention"]},
-        "To adapt the layers inside it, use target_modules=['bert.encoder.layer.0.attention.self.query', 'bert.encod",
+        "matches bert.encoder.layer.0.attention (BertAttention), bert.encoder.layer.1.attention (BertAttention), but",
     ),
-    (Nested, {"target_modules": ["embed"]}, "Remove it from `target_modules`, or add exclude_modules=['embed']."),
+    (Nested, {"target_modules": ["embed"]}, "matches embed (Embedding), but only nn.Linear"),
     (
         tiny_bert,
         {"modules_to_save": ["clasifier"]},
@@ -100,6 +100,23 @@ def test_messages(make: Callable[[], nn.Module], kwargs: dict[str, Any], message
     with pytest.raises(SelectionError, match=re.escape(message)) as caught:
         select(built(make), HRAConfig(**kwargs))
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted"),
+    [
+        (r".*layers\.[01].*", r".*layers\.[01].*(proj|fc\d)"),
+        (["layers.1", "self_attn", "v_proj"], r".*(layers\.1(\..*)?|self_attn)\.(\w+_proj|fc\d)"),
+        (r".*\.0", r".*\.0\..*(proj|fc\d)"),
+    ],
+)
+def test_the_error_of_modules_that_are_not_layers_has_fields_that_work(targets: Any, wanted: str) -> None:
+    with pytest.raises(SelectionError, match="but only nn") as caught:
+        select(built(tiny_opt), HRAConfig(target_modules=targets))
+    fields = eval(f"dict({str(caught.value).rpartition(' Use ')[2].removesuffix('.')})")
+    assert list(select(built(tiny_opt), HRAConfig(**fields))) == list(
+        select(built(tiny_opt), HRAConfig(target_modules=wanted))
+    )
 
 
 @pytest.mark.parametrize("excluded", [["fc3"], "fc1"])

@@ -174,7 +174,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
         said = refusal(model, fields)
         assert re.search(ours, said), (said, theirs)
         if name == "unsupported":
-            first = type(model.get_submodule(said.partition(": ")[0])).__name__
+            first = type(model.get_submodule(said.partition("matches ")[2].partition(" (")[0])).__name__
             assert str(theirs).startswith(f"Target module {first}(")
         return name
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
