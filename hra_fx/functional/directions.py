@@ -7,8 +7,6 @@ https://doi.org/10.1007/s11263-007-0075-7).
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -33,12 +31,6 @@ class Sketch:
         size = min(d, directions + _MORE)
         self.values = torch.zeros(*(() if experts is None else (experts,)), size, d, dtype=dtype, device=device)
         self.energy = torch.zeros((), dtype=dtype, device=device)
-
-    def copy(self) -> Sketch:
-        """A sketch of the same vectors, to which others can be added."""
-        made = copy.copy(self)
-        made.values, made.energy = self.values.clone(), self.energy.clone()
-        return made
 
     def add(self, x: Tensor, expert: int | None = None) -> None:
         """Add the rows of `x: (n, d)`."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.compat import eager_experts, pytree, tensor_versions
+from hra_fx.compat import eager_experts, pytree
 from hra_fx.errors import AdapterError
 from hra_fx.example_inputs import Call, device_of, preserve_rng_state
 from hra_fx.functional.directions import Sketch
@@ -100,12 +100,6 @@ class _Collector(TorchFunctionMode):
         self.sketches: dict[str, Sketch] = {}
         self.called = [layer for layer in self.paths if _is_called(layer)]
         self.is_on = True
-        #: The input that was added last, its version, and the sketches with it, by those without it.
-        self.last: Tensor | None = None
-        self.version: list[int] = []
-        self.added: dict[Sketch, Sketch] = {}
-        #: Sketches without inputs, by width and device.
-        self.empty: dict[tuple[int, torch.device], Sketch] = {}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -137,7 +131,7 @@ class _Collector(TorchFunctionMode):
                 for place, rows in enumerate(x if of_all else [x]):
                     self.add(layer, rows, place if of_all else expert)
         elif name in _CONVOLUTIONS and (layer := self._layer_of((*args, *kwargs.values())[1])) is not None:
-            for rows in _patches(*args, **kwargs):
+            for rows in _patches(func, *args, **kwargs):
                 self.add(layer, rows)
         return made
 
@@ -160,30 +154,19 @@ class _Collector(TorchFunctionMode):
         return next((layer for layer in self.paths if layer.hra_u.weight_of(layer) is weight), None)
 
     def add(self, layer: Any, x: Tensor, expert: int | None = None) -> None:
-        """Add inputs `(..., d)` of a layer. Layers share a sketch as long as they have the same inputs."""
-        if not self.is_on:
-            return
-        path, rows = self.paths[layer], full_tensor(x).reshape(-1, x.shape[-1])
-        if expert is not None:
-            self.sketches.setdefault(path, self._sketch(layer, x.device)).add(rows, expert)
-            return
-        if x is not self.last or tensor_versions([x]) != self.version:
-            self.last, self.version, self.added = x, tensor_versions([x]), {}
-        kind = layer.hra_u.width, x.device
-        before = self.sketches.get(path) or self.empty.setdefault(kind, self._sketch(layer, x.device))
-        if before not in self.added:
-            self.added[before] = before.copy()
-            self.added[before].add(rows)
-        self.sketches[path] = self.added[before]
+        """Add inputs `(..., d)` of a layer, or of one of its experts."""
+        if self.is_on:
+            rows = full_tensor(x).reshape(-1, x.shape[-1])
+            self._sketch_of(layer, x.device).add(rows, expert)
 
-    def _sketch(self, layer: Any, device: torch.device) -> Sketch:
-        return Sketch(layer.hra_u.width, self.directions, device, getattr(layer.hra_u, "experts", None))
+    def _sketch_of(self, layer: Any, device: torch.device) -> Sketch:
+        made = Sketch(layer.hra_u.width, self.directions, device, getattr(layer.hra_u, "experts", None))
+        return self.sketches.setdefault(self.paths[layer], made)
 
     def merge_processes(self, count: int, device: torch.device) -> None:
         """Merge the sketches of all processes. A process may lack the inputs of some layers, such as experts."""
-        for layer, path in self.paths.items():
-            sketch = self.sketches.get(path, self._sketch(layer, device)).copy()  # layers may share it
-            self.sketches[path] = sketch
+        for layer in self.paths:
+            sketch = self._sketch_of(layer, device)
             every = []
             for own in (sketch.values, sketch.energy):
                 every.append([torch.empty_like(own) for _ in range(count)])
@@ -200,6 +183,7 @@ def _is_called(layer: Any) -> bool:
 
 
 def _patches(
+    convolve: Any,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -208,19 +192,9 @@ def _patches(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Iterator[Tensor]:
-    """The patches `(n, d)` of each image, for all groups. The arguments are those of `F.conv2d`."""
-    sizes, dimensions = weight.shape[2:], weight.dim() - 2
-    steps, gaps = ([value] * dimensions if isinstance(value, int) else list(value) for value in (stride, dilation))
-    totals = [gap * (size - 1) for gap, size in zip(gaps, sizes, strict=True)]
-    if isinstance(padding, str):
-        sides = [(total // 2, total - total // 2) if padding == "same" else (0, 0) for total in totals]
-    else:
-        sides = [(side, side) for side in ([padding] * dimensions if isinstance(padding, int) else padding)]
-    x = input if input.dim() == dimensions + 2 else input[None]
-    x = F.pad(x, [side for both in reversed(sides) for side in both])
-    for axis, (total, step, gap) in enumerate(zip(totals, steps, gaps, strict=True)):
-        x = x.unfold(2 + axis, total + 1, step)[..., ::gap]
-    x = x.reshape(len(x), groups, -1, *x.shape[2:])  # (n, groups, c, positions..., kernel...)
-    for image in x:
-        rows = image.movedim(1, 1 + dimensions).flatten(0, dimensions).flatten(1)
-        yield from rows.split(_PATCHES)
+    """The patches `(n, d)` of each image and group: the outputs of the convolution for the unit vectors as weights."""
+    dtype = torch.float32 if input.device.type == "mps" else torch.float64
+    units = torch.eye(weight[0].numel(), dtype=dtype, device=input.device).view(-1, *weight.shape[1:])
+    for image in input.reshape(-1, weight.shape[1], *input.shape[2 - weight.dim() :]):
+        made = convolve(image[None].to(dtype), units, None, stride, padding, dilation)
+        yield from made[0].flatten(1).mT.split(_PATCHES)

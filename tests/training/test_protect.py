@@ -253,28 +253,6 @@ def test_the_directions_are_those_with_the_most_of_the_inputs_and_the_report_sho
     assert all(row.held is None and row.moved is not None and row.moved < 1e-5 for row in hra_fx.report(other))
 
 
-class Apart(nn.Module):
-    """Two layers, which may have the same input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(8, 4, dtype=F64), nn.Linear(8, 4, dtype=F64)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        return self.one(first) + self.two(second)
-
-
-def test_layers_with_the_same_input_at_first_have_their_own_directions_later() -> None:
-    units = torch.eye(8, dtype=F64)
-    same, first, second = units[:1] * 4, units[1:2] * 3, units[2:4] * 6
-    found = hra_fx.protect(adapted(Apart(), "one", "two"), [(same, same), (first, second), (same, same)], 2)
-    wanted = {"one": [0, 1], "two": [2, 3]}
-    for path, places in wanted.items():
-        basis = found.directions[path]
-        torch.testing.assert_close(basis @ basis.mT, torch.diag(units[places].sum(0)))
-    assert found.shares == {"one": pytest.approx(1.0), "two": pytest.approx(72 / 104)}
-
-
 def test_models_of_peft_are_protected_after_from_peft() -> None:
     base = llama().to(F64).eval()
     model = peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
