@@ -16,7 +16,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
     x = torch.randn(4, 16)
-    config = hra_fx.HRAConfig(r=3, apply_GS=True, target_modules=["0"], modules_to_save=["2"])
+    config = hra_fx.HRAConfig(r=4, apply_GS=True, target_modules=["0"], modules_to_save=["2"])
     model = hra_fx.transform(copy.deepcopy(base), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(x).square().mean().backward()

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
-from hra_fx.functional.statistics import min_angle, relative_change, rotation_stats
+from hra_fx.functional.statistics import relative_change
 
 F64 = torch.float64
 LAYERS: dict[str, Any] = {
@@ -141,20 +141,6 @@ def test_scaled_merged_and_disabled_adapters() -> None:
 
 
 # ---- angles, and the share and the change of a weight ----
-
-
-def test_zero_columns_pairs_that_cancel_and_angles_below_the_floor_rotate_nothing() -> None:
-    vector, zero = normal(3, 7, 1), torch.zeros(7, 1)
-    for columns in ([zero, zero], [vector, vector], [vector, zero, -2 * vector]):
-        assert rotation_stats(torch.cat(columns, dim=1)).angles == ()
-    assert rotation_stats(torch.cat([vector, zero], dim=1)).angles == pytest.approx([math.pi])
-
-    def pair(angle: float) -> Tensor:
-        return torch.tensor([[1.0, math.cos(angle / 2)], [0.0, math.sin(angle / 2)]], dtype=F64)
-
-    floor = min_angle(pair(0.1))
-    assert rotation_stats(pair(3 * floor)).angles == pytest.approx([3 * floor], rel=0.3)
-    assert rotation_stats(pair(floor / 3)).angles == ()
 
 
 def test_a_weight_that_is_cast_in_pieces_and_weights_of_zeros_and_nan() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from tiny import bert, llama
+from tiny import bert
 from torch import Tensor, nn
 
 import hra_fx
@@ -105,7 +107,6 @@ def _two_adapters() -> nn.Module:
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: _adapted(torchvision.models.resnet18(), r".*(conv\d|downsample\.0|fc)"),
     "bert": lambda: _adapted(bert("BertModel", num_hidden_layers=3), ["query", "key", "value", "dense"]),
-    "llama": lambda: _adapted(llama(), ["q_proj", "v_proj", "gate_proj", "up_proj"]),
     "shared": lambda: _adapted(Shared(), ["fc1", "fc2", "fc"]),
     "repeats": lambda: _adapted(nn.Sequential(*(Residual() for _ in range(40)), nn.Linear(4, 2)), ["fc1", "fc2"]),
     "pairs": lambda: _adapted(Pairs(), ["fc", "head"]),
@@ -115,12 +116,10 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "hostile, in Python": lambda: _adapted(Chosen(*HOSTILE, *UNSPEAKABLE), list(HOSTILE)),
     "one layer": lambda: _adapted(nn.Sequential(nn.Linear(4, 4)), ["0"]),
 }
-_IDS = torch.arange(10).reshape(2, 5)
 #: Example inputs of some of these models.
 INPUTS: dict[str, Any] = {
     "resnet": torch.zeros(1, 3, 64, 64),
-    "bert": {"input_ids": _IDS},
-    "llama": {"input_ids": _IDS},
+    "bert": {"input_ids": torch.arange(10).reshape(2, 5)},
     "pairs": torch.zeros(5, 4),
 }
 
@@ -135,3 +134,17 @@ def drawn(name: str) -> nn.Module:
             if ".hra_u." in f".{path}":
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator) * parameter.std()
     return model
+
+
+def draw(name: str, file: Path, **options: Any) -> Path:
+    """Write the picture or page of a model."""
+    file.write_bytes(_content(name, file.suffix, tuple(options.items())))
+    return file
+
+
+@cache
+def _content(name: str, suffix: str, options: tuple[tuple[str, Any], ...]) -> bytes:
+    """What is drawn of a model, once for all tests: a capture takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"a{suffix}")
+        return hra_fx.visualize(drawn(name), file, example_inputs=INPUTS.get(name), **dict(options)).read_bytes()

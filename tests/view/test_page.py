@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browser import find_browser
-from drawn_models import HOSTILE, INPUTS, drawn
+from drawn_models import HOSTILE, draw, drawn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import hra_fx
@@ -32,8 +32,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     contexts = []
 
     def opened(name: str = "bert", address: str = "", depth: int | None = 0, **options: Any) -> Page:
-        file = tmp_path / "page.html"
-        hra_fx.visualize(drawn(name), file, example_inputs=INPUTS.get(name), depth=depth)
+        file = draw(name, tmp_path / "page.html", depth=depth)
         contexts.append(browser.new_context(**({"viewport": {"width": 1300, "height": 900}} | options)))
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)

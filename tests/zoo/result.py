@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -75,10 +74,4 @@ def summary(results: Sequence[Result]) -> Iterator[str]:
         yield f"| {name} | {' | '.join(map(str, numbers))} |"
     yield ""
     reasons = Counter(reason for row in results for reason in {*row.refused.values()})
-    reasons.update(_reason(row.traced) for row in results if row.traced.startswith(REFUSED))
     yield from (f"{count} models: {reason}" for reason, count in reasons.most_common())
-
-
-def _reason(text: str) -> str:
-    """Of a refused graph, without the names of the model and its layers."""
-    return re.sub(r"`?[\w.]*\.\d+[\w.]*`?", "...", text.removeprefix(REFUSED).partition(" Leave out trace=True")[0])

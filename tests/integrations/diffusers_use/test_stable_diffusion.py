@@ -11,14 +11,13 @@ import diffusers
 import peft
 import pytest
 import torch
-from adapting import picture, randomise, vectors_of
+from adapting import picture, randomise
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import cast_training_params
 from diffusion_pipelines import image, quiet, stable_diffusion as pipeline, unet
 from layers.checking import dense_weights
 from model.many import refuses
 from one_layer import normal
-from oracles import gradient_of_vectors, relative_error
+from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -67,6 +66,7 @@ def test_every_attention_processor_gives_the_images_of_the_rotated_weights() -> 
     assert relative_error(wanted, image(pipeline())) > 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd")  # of PEFT
 def test_a_saved_pipeline_has_adapters_inside_which_peft_opens_and_once_folded_it_opens_itself(tmp_path: Path) -> None:
     """diffusers loads a UNet from a whole model only, transformers a text encoder over a base that has a name."""
     pipe, fresh, by_class, theirs = adapted(r=3), pipeline(), pipeline(), pipeline()
@@ -192,27 +192,6 @@ def injected(**options: Any) -> Any:
     return unet
 
 
-def gradients(unet: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The prediction and the gradients of a step with gradient checkpointing."""
-    cast_training_params(unet, dtype=torch.float32)
-    unet.enable_gradient_checkpointing()
-    noisy, text = normal(1, 2, unet.config.in_channels, 8, 8), normal(2, 2, 5, unet.config.cross_attention_dim)
-    predicted = unet.train()(noisy.float(), torch.tensor([3, 500]), text.float(), return_dict=False)[0]
-    predicted.square().mean().backward()
-    return predicted.detach(), {name: parameter.grad for name, parameter in vectors_of(unet).items()}
-
-
-def test_a_step_with_checkpointing_is_that_of_peft() -> None:
-    wanted, theirs = gradients(injected(init_weights=False))
-    unet = hra_fx.from_peft(injected(init_weights=False))
-    assert not any(isinstance(part, HRALinear) for part in unet.modules())
-    found, ours = gradients(unet)
-    assert relative_error(found, wanted) < 1e-5
-    assert ours.keys() == theirs.keys() and len(ours) == LAYERS
-    for name, gradient in theirs.items():
-        assert relative_error(gradient_of_vectors(ours[name]), gradient) < 1e-3, name
-
-
 def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -> None:
     pipe, again, served = pipeline(), pipeline(), pipeline()
     base = image(pipe)
@@ -221,6 +200,9 @@ def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -
     peft.set_peft_model_state_dict(again.unet, load_file(tmp_path / "hra.safetensors"))
     wanted = image(pipe)
     assert relative_error(wanted, base) > 1e-2
+    assert relative_error(image(again), wanted) < 1e-4
+    again.unet = hra_fx.from_peft(again.unet)
+    assert not any(isinstance(part, HRALinear) for part in again.unet.modules())
     assert relative_error(image(again), wanted) < 1e-4
     before = picture(pipe.unet)
     assert [row.adapter for row in hra_fx.report(pipe.unet)] == ["default"] * LAYERS

@@ -50,7 +50,7 @@ def over_a_named_base(kind: str, shape: str, folder: Path, **fields: object) -> 
 @pytest.mark.parametrize(
     ("kind", "shape", "fields"),
     [
-        ("bert", "transform", {"bias": "hra_only"}),
+        ("bert", "transform", {"bias": "hra_only", "r": 4}),
         ("llama", "HRAModel", {"apply_GS": True}),
         ("llama", "transform", {"modules_to_save": ["lm_head"]}),
     ],
