@@ -7,11 +7,9 @@ import glob
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
-
-from hra_fx.errors import VisualizeError
 
 #: The bytes of a file, or a function that writes them to the file of a path.
 Content: TypeAlias = bytes | Callable[[Path], object]
@@ -51,27 +49,3 @@ def flush(file: Path) -> None:
     """Flush a file from the memory of the operating system to disk."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
-
-
-def output_file(path: str | os.PathLike[str], formats: Collection[str]) -> Path:
-    """Check the path of an output file. `formats` are file extensions."""
-    file = Path(path)
-    if file.suffix.lower() not in formats:
-        raise VisualizeError(
-            f"path: unsupported file extension {file.suffix!r} in {file.name!r}. Use one of {', '.join(formats)}."
-        )
-    if not file.parent.is_dir():
-        raise VisualizeError(f"path: the folder {str(file.parent)!r} does not exist. Create it, or choose another one.")
-    if file.is_dir():
-        raise VisualizeError(f"path: {str(file)!r} is a folder. Pass the name of a file.")
-    return file
-
-
-def write_output_file(path: Path, data: bytes) -> None:
-    """Write an output file atomically; if `path` is a symbolic link, the file that it points to is replaced."""
-    try:
-        atomic_write(path.resolve(), data)
-    except OSError as error:
-        raise VisualizeError(
-            f"path: cannot write {path} ({error}). The old file, if any, is unchanged. Choose another path."
-        ) from error

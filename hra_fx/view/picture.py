@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hra_fx.atomic_write import output_file, write_output_file
+from hra_fx.atomic_write import atomic_write
+from hra_fx.errors import VisualizeError
 from hra_fx.removed import without_removed_arguments
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.opening import Block, check_options, focused, opened
@@ -50,7 +51,7 @@ def visualize(
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.
 
     Raises:
-        VisualizeError: unknown file extension, no such folder, or options that do not fit the model.
+        VisualizeError: unknown file extension, a path that cannot be written, or options that do not fit the model.
         AdapterError: `example_inputs` is not a tensor, a tuple or a dict.
 
     Example:
@@ -61,9 +62,19 @@ def visualize(
         ...     hra_fx.visualize(model, folder + "/adapters.svg").read_text()[:38]
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
-    file = output_file(path, FORMATS)
+    file = Path(path)
+    if file.suffix.lower() not in FORMATS:
+        raise VisualizeError(
+            f"path: unsupported file extension {file.suffix!r} in {file.name!r}. Use one of {', '.join(FORMATS)}."
+        )
     check_options(depth, focus)
     drawing = focused(drawing_of(model, example_inputs), focus)
     block = opened(scope_tree(drawing.picture, drawing.name), depth, focus or "")
-    write_output_file(file, FORMATS[file.suffix.lower()](drawing, block).encode("utf-8"))
+    text = FORMATS[file.suffix.lower()](drawing, block)
+    try:
+        atomic_write(file.resolve(), text.encode("utf-8"))  # the file that a symbolic link points to
+    except OSError as error:
+        raise VisualizeError(
+            f"path: cannot write {path} ({error}). The old file, if any, is unchanged. Choose another path."
+        ) from error
     return file
