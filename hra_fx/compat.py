@@ -9,7 +9,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -184,12 +184,21 @@ def state_paths(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
             yield f".{path}".replace(f".{_CHECKPOINTED}", "")[1:], module
 
 
+def cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The cache of keys and values in the keyword arguments of a forward. transformers 5.24 renamed the argument."""
+    cache = kwargs.get("past_key_values")
+    return kwargs.get("cache") if cache is None else cache
+
+
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
+def tensor_versions(tensors: Sequence[Tensor]) -> list[int]:
     """Numbers that change when tensors are written in place; -1 for a tensor of inference mode, which has none."""
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 #: Functions over nested containers, as torch itself flattens them.

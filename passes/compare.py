@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from hra_fx.compat import FakeTensor, has_own_hooks, tensor_versions
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, preserve_rng_state, seed_everything
-from hra_fx.layers.readers import writes_parameters
+from hra_fx.layers.readers import needs_parameters
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION
 from hra_fx.passes.observed import attributes, difference, is_near, is_of_adapter, is_same, observe, shown
@@ -153,7 +153,8 @@ class _Comparison:
     """Copies of a model and its graph, which run the same calls in turns."""
 
     def __init__(self, model: nn.Module, made: nn.Module, level: str, attach: Attach | None) -> None:
-        limit = math.inf if writes_parameters(model) else _LARGE
+        writes = any(needs_parameters(type(part)) for part in model.modules())
+        limit = math.inf if writes else _LARGE
         both = dict.fromkeys(chain(model.parameters(), made.parameters()))
         # What is behind a large layer of zeros would not be compared.
         large = [x for x in both if type(x) is not nn.Parameter or (x.numel() > limit and bool(x.any()))]

@@ -4,10 +4,10 @@ r"""insert: add a reflection before each call of a layer, and after each read of
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
     y = f(x, experts.up)            becomes        w = experts.hra_up();  y = f(x, w)
 
-For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` contains the coordinates of
-the patches, and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x` as
-its first argument, so that hooks on the layer get the same input. For a weight, `hra_base` is the base weight, and `w`
-is `W Q`. The graph is the only record of these changes.
+For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` contains the factors of its
+reflections (`hra_fx.layers.conv`). The layer still gets `x` as its first argument, so that hooks on the layer get the
+same input. For a weight, `hra_base` is the base weight, and `w` is `W Q`. The graph is the only record of these
+changes.
 
 If the graph has the child `hra_factors`, the first node calls it, and `f` is its result for all layers. A graph without
 reflections of inputs calls it too, because fx deletes children that are not called.

@@ -16,7 +16,7 @@ from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting,
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.export.program import refuse_operators
-from hra_fx.layers.batching import factors_in_exported_batches
+from hra_fx.layers.batch import exported_batch
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.passes.exported import exporting, without_caches
 from hra_fx.passes.inputs import argument_names
@@ -187,7 +187,7 @@ class _StepModule(nn.Module):
         def forward(*values: Any) -> Tensor:
             now = given | dict(zip(self.inputs, values, strict=True))
             # The run for comparison computes as the model usually does.
-            with factors_in_exported_batches(model.modules()) if is_exporting() else nullcontext():
+            with exported_batch(model.modules()) if is_exporting() else nullcontext():
                 positional, keywords = names[: len(args)], names[len(args) :]
                 outputs = model(*(now[name] for name in positional), **{name: now[name] for name in keywords})
             if loss is None:

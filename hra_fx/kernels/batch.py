@@ -12,7 +12,7 @@ the first layer, then of the second, and so on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.kernels.factors import Factors, uses_plain_operators, wy_factors
 
 
-def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -> list[Factors]:
-    """Compute the factors of several layers, with chains that consist of parts with the same signatures.
+def batched_factors(tensors: list[Tensor], forms: list[int], dtype: torch.dtype) -> list[Factors]:
+    """Compute the factors of several layers with chains of the same form. See the top of this file.
 
     The factors are computed in at least float32, and cast to `dtype`.
 
@@ -34,18 +34,15 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
         `R` and `F: (k, d)` of each layer. In the backward pass, a layer with unused factors does not get a gradient.
 
     Example:
-        >>> [(rows, down)] = batched_factors([[ChainPart(torch.tensor([[3.0], [0.0]]))]], torch.float32)
+        >>> vectors = torch.tensor([[3.0], [0.0]])
+        >>> [(rows, down)] = batched_factors([vectors], [0], torch.float32)
         >>> torch.eye(2) + down.T @ rows
         tensor([[-1.,  0.],
                 [ 0.,  1.]])
     """
-    tensors: list[Tensor] = []
-    for parts in zip(*layers, strict=True):
-        tensors += [part.trained for part in parts]
-        tensors += [part.kept for part in parts if part.kept is not None]
     compute = torch.ops.hra_fx.batched_factors.default if is_compiling() else _compute
-    factors = compute(tensors, [part.form() for part in layers[0]], dtype)
-    return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
+    factors = compute(tensors, forms, dtype)
+    return list(zip(factors[::2], factors[1::2], strict=True))
 
 
 def _compute(tensors: list[Tensor], forms: list[int], dtype: torch.dtype) -> list[Tensor]:

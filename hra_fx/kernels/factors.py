@@ -16,7 +16,7 @@ matrices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,12 +24,8 @@ from torch import Tensor
 from hra_fx import compat
 from hra_fx.functional import householder
 
-
-class Factors(NamedTuple):
-    """`R` and `F` of one layer, each `(k, d)`."""
-
-    rows: Tensor
-    down: Tensor
+#: `R` and `F` of one layer, each `(k, d)`.
+Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
 def wy_factors(vectors: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:

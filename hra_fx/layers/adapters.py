@@ -7,24 +7,32 @@ The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functio
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, without
 from hra_fx.functional.pairs import pairs_shape, to_pairs
 from hra_fx.functional.rotate import as_rows, rotate_weight
+from hra_fx.kernels.batch import batched_factors
+from hra_fx.kernels.dispatch import is_plain_eager, products_dtype
+from hra_fx.kernels.factors import Factors
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapter_states import prepare_load
 from hra_fx.layers.containers import KEPT, SCALED, FilledLater, check_adapter_name
-from hra_fx.layers.running import Run, during
+from hra_fx.layers.running import WITHOUT_FACTORS, Changes, Run, during, prepared_factors
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
+
+T = TypeVar("T")
+#: Where a module has a tensor: a dictionary of the module, and the name in it.
+Place: TypeAlias = tuple[dict[str, Any], str]
 
 # One node for an fx tracer that traces into a layer.
 fx.wrap("rotate_weight")
@@ -62,7 +70,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         scales: adapter name -> its scale, if the scale is not 1.
         shares: adapter name -> the share of the inputs of `hra_fx.protect` that the kept directions hold.
         traced: the factors of the layer, while TorchDynamo or `torch.export` records its model.
-        last_compute_dtype: the last dtype for which the layer had to compute factors itself.
+        compute_dtype: the dtype of the layer's inputs, if it is known and was not that of the weight.
         needs_parameter: whether code of the model that reads `layer.weight` needs the parameter, not `W Q`.
         is_read: whether the forward of the model has read the weight of a layer that is called.
         unmerged: the weight before a merge; `None` if no adapter is merged.
@@ -86,29 +94,57 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.scales: dict[str, float] = {}
         self.shares: dict[str, float] = {}
         self.traced: Any = None
-        self.last_compute_dtype: torch.dtype | None = None
+        self.compute_dtype: torch.dtype | None = None
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the container like any module, because `nn.ParameterDict` cannot be called."""
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def forward(self, x: Tensor | None = None, run: Run | None = None, *, weight: Tensor | None = None) -> Any:
-        """Compute the reflection for the input `x` of the layer, or `W Q` for its weight `W`.
+    def forward(
+        self,
+        x: Tensor | None = None,
+        run: Run | None = None,
+        *,
+        weight: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """Compute `W Q` for the `weight` of the layer, its factors in `dtype`, or a node of a graph.
 
-        In a graph, `run` has the factors that were computed for all layers at its start.
+        In a graph, the result for the input `x` of the layer becomes the second argument of the layer. `run` has the
+        factors that were computed for all layers at the start of the graph.
         """
         if weight is not None:
             return self.rotate(weight)
-        return self.reflect(x) if run is None else during(run, self.reflect, x)
+        if dtype is not None:
+            return self.factors(dtype)
+        return during(run or WITHOUT_FACTORS, self.reflect, x)
 
     def rotate(self, weight: Tensor) -> Tensor:
         """Compute `W Q` for the weight `W` of the layer."""
         vectors = self.vectors_for(weight)
         return weight if vectors is None else rotate_weight(weight, vectors, transposed=self.fan_in_fan_out)
 
-    def reflect(self, x: Any) -> Any:
-        """Compute the reflection for the input; only for layers that reflect their input (`reflects_input`)."""
+    def factors(self, dtype: torch.dtype) -> Factors | None:
+        """Compute the factors `R` and `F: (k, d)` of the active adapters in `dtype`; `None` for the identity."""
+        parts = self.places()
+        if not parts:
+            return None
+        self.check_data()
+        tensors = [place[name] for _, held in parts for place, name in held]
+        # A checkpointed block uses the factors of a batch first, and computes its own when it runs again in the
+        # backward. It must not save more tensors then, so what this computation saves is hidden from checkpoint.
+        with saved_tensors_hooks(_same, _same) if is_plain_eager() else nullcontext():
+            return batched_factors(tensors, [form for form, _ in parts], dtype)[0]
+
+    def reflect(self, x: Tensor) -> Any:
+        """What a call in a graph returns for the input `x` of the layer (`reflects_input`)."""
+        found = None if torch.compiler.is_compiling() else prepared_factors(self, x)
+        own = self.factors(products_dtype(x.device, x.dtype)) if found is None else found
+        return self.second_argument(x, own)
+
+    def second_argument(self, x: Tensor, factors: Factors | None) -> Any:
+        """What a graph passes to the layer as its second argument; only for layers that reflect their input."""
         raise NotImplementedError
 
     def add(
@@ -166,9 +202,10 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.set_active(other for other in self.active if other != name)
 
     def set_active(self, names: Iterable[str]) -> None:
-        """Set the adapters in use. A new tuple makes factors invalid that were computed for the old one."""
+        """Set the adapters in use. Factors that were computed before are not used any more."""
         # nn.Module.__setattr__ would take longer than everything else that happens to a layer in a switch.
         vars(self)["active"] = (*names,)
+        Changes.count += 1
 
     def set_trainable(self, name: str, wanted: bool) -> None:
         """Train or freeze the vectors of an adapter."""
@@ -200,6 +237,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """
         wide = {key: one for key, one in self._buffers.items() if key.endswith((KEPT, SCALED)) and one is not None}
         super()._apply(fn, recurse)
+        self.compute_dtype = None
+        Changes.count += 1
         for key, before in wide.items():
             moved: Any = self._buffers[key]
             if householder.working_dtype(moved.dtype) is not moved.dtype:
@@ -258,6 +297,22 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
+    def places(self) -> list[tuple[int, list[Place]]]:
+        """The form of each part of the chain (`ChainPart.form`), and where its tensors are, without the identity."""
+        found: list[tuple[int, list[Place]]] = []
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        for name in self.active:
+            if name in self.scales:
+                if self.scales[name]:
+                    found.append((0, [(buffers, name + SCALED)]))
+                continue
+            # A replica of DataParallel has attributes instead of parameters.
+            held = parameters if name in parameters else self.__dict__
+            kept = [(buffers, name + KEPT)] if name + KEPT in buffers else []
+            found.append((self.part(name, held[name]).form(), [(held, name), *kept]))
+        return found
+
     def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
         """The parts of the chain: the active adapters (or `names`) that are not the identity, in order.
 
@@ -298,7 +353,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     @property
     def acts(self) -> bool:
         """Whether any adapter is active with a scale other than 0."""
-        return bool(self.chain_parts())
+        return bool(self.places())
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
@@ -340,6 +395,10 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "")
             for name, spec in self.specs.items()
         )
+
+
+def _same(tensor: T) -> T:
+    return tensor
 
 
 def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:

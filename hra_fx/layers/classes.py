@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from hra_fx.layers.adapted_layer import AdaptedConv, AdaptedLayer, AdaptedLinear
+from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.conv import AdaptedConv, ConvAdapters
 from hra_fx.layers.experts import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
+from hra_fx.layers.linear import AdaptedLinear, LinearAdapters
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.quantized.adapted import AdaptedQuantizedLinear, QuantizedAdapters
 from hra_fx.layers.target import REFLECTION, is_conv1d, kind_of, width_of
-from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:
@@ -24,7 +25,7 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
     if _has_own_forward(layer):
         return HouseholderAdapters(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return ConvAdapters(layer)
+        return ConvAdapters(width_of(layer), kind_of(layer))
     form = LinearAdapters if quant_scheme_of(layer) is None else QuantizedAdapters
     return form(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
 

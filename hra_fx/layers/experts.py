@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx import compat
-from hra_fx.errors import AdapterError
 from hra_fx.functional.rotate import as_rows
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
@@ -68,24 +66,11 @@ class AdaptedExperts(SwapMixin):
             _check_parameters(self)
             outer, RUNNING.experts = RUNNING.experts, {}
             try:
-                output = run(self, *args, **kwargs)
-                if not torch.compiler.is_compiling():
-                    _check_writes(RUNNING.experts)
-                return output
+                return run(self, *args, **kwargs)
             finally:
                 RUNNING.experts = outer
 
         return {"forward": forward}
-
-
-def _check_writes(known: dict[Any, Tensor]) -> None:
-    """Raise an error if a forward has written into `W Q`, because the change is lost when it ends."""
-    for (layer, _), weight in known.items():
-        if weight is not layer.hra_base and any(version > 0 for version in compat.tensor_versions([weight])):
-            raise AdapterError(
-                f"{type(layer.owner).__name__}.{layer.parameter}: the forward writes into it. It is W Q while the "
-                "model runs, so the change is lost. Write outside of the forward, or call hra_fx.fold(model)."
-            )
 
 
 def adapted_parameters(owner: nn.Module) -> list[ExpertsWeight]:

@@ -1,34 +1,53 @@
-"""Which model runs in this thread.
+"""Which model runs in this thread, and the factors that were computed when it started.
 
 Two things depend on it: while a model runs, the weight of an adapted layer reads as `W Q` (`hra_fx.layers.weight`), and
-its layers use the factors that were computed at the start (`hra_fx.layers.batching`).
+its layers use the factors that were computed for all of them at the start (`hra_fx.layers.batch`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from hra_fx import compat
+from hra_fx.kernels.dispatch import products_dtype
+from hra_fx.kernels.factors import Factors
+
+#: A tensor that factors were computed from: where its module has it, itself, and its version at that time.
+Watched: TypeAlias = tuple[dict[str, Any], str, Tensor, int]
+#: The factors of a layer, `R` and `F`, and what they were computed from.
+Prepared: TypeAlias = tuple[Tensor, Tensor, list[Watched]]
+
+
+class Changes:
+    """Counts changes after which prepared factors are wrong: other active adapters, scales or kept directions."""
+
+    count = 0
 
 
 class Run:
-    """A forward of a model, or a call of `generate`.
+    """A forward of a model in one thread.
 
     Attributes:
-        factors: container of a layer -> its factors that were computed at the start (`hra_fx.layers.batching`).
+        prepared: container of a layer -> its factors.
+        has_graph: whether they were computed with gradients.
+        changes: `Changes.count` when they were computed.
     """
 
-    def __init__(self, factors: dict[Any, Any] | None = None) -> None:
+    def __init__(self, prepared: dict[Any, Prepared] | None = None) -> None:
         """Start with these factors."""
-        self.factors = factors or {}
-
-    def is_current(self) -> bool:
-        """Whether a forward inside this run can use its factors instead of new ones."""
-        return False
+        self.prepared = prepared or {}
+        self.has_graph = torch.is_grad_enabled()
+        self.changes = Changes.count
 
 
 class _Running(threading.local):
-    """The run of this thread; `None` if no model runs."""
+    """What runs in this thread."""
 
     def __init__(self) -> None:
         # TorchDynamo would guard that a class attribute is not an attribute of the object, which its first call breaks.
@@ -37,6 +56,10 @@ class _Running(threading.local):
         self.layer: Any = None
         #: The weights that the innermost forward of experts has read; `None` outside of such a forward.
         self.experts: dict[Any, Any] | None = None
+        #: The weights `W Q` that the innermost such module has read: layer, weight, and the version of the weight.
+        self.read: list[tuple[nn.Module, Tensor, int]] | None = None
+        #: The last forward with a cache (`generate`): the batch, a weak reference to the cache, and the run.
+        self.generation: tuple[Any, Any, Run] | None = None
 
 
 RUNNING = _Running()
@@ -51,3 +74,40 @@ def during(run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         return function(*args, **kwargs)
     finally:
         RUNNING.run = outer
+
+
+def factors_for(adapters: Any, x: Tensor) -> Factors | None:
+    """The factors of a layer for its input: those of the run, or its own; `None` if no adapter is active.
+
+    Own factors come from a call of the container, so that FSDP, ZeRO-3 and offloading can first provide its vectors.
+    """
+    if not adapters.active:
+        return None
+    if not is_dynamo_compiling() and (found := prepared_factors(adapters, x)) is not None:
+        return found
+    dtype = products_dtype(x.device, x.dtype)
+    if adapters.traced is not None:
+        rows, down, has_graph = adapters.traced
+        if has_graph or not torch.is_grad_enabled():
+            return rows.to(dtype), down.to(dtype)
+    own: Factors | None = adapters(dtype=dtype)
+    return own
+
+
+def prepared_factors(adapters: Any, x: Tensor) -> Factors | None:
+    """The factors that were computed at the start of the run, if they still fit the layer and its input `x`."""
+    run = RUNNING.run
+    if run is None or run.changes != Changes.count or (found := run.prepared.get(adapters)) is None:
+        return None
+    if (torch.is_grad_enabled() and not run.has_graph) or compat.is_dispatch_mode_active():
+        return None
+    rows, down, watched = found
+    for place, name, tensor, version in watched:
+        if place.get(name) is not tensor or (version >= 0 and tensor._version != version):
+            return None
+    if rows.dtype is x.dtype:
+        return rows, down
+    if compat.is_autocast_active():
+        return (rows, down) if rows.dtype is products_dtype(x.device, x.dtype) else None
+    adapters.compute_dtype = x.dtype  # for the next run
+    return None

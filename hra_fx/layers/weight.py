@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor, fx, nn
 from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.layers.accelerate_hooks import loaded, offloading_hook
-from hra_fx.layers.class_swap import SwapMixin, mixins_of, original_class, swap, unswap
+from hra_fx.layers.class_swap import SwapMixin, mixins_of, original_class, swap
 from hra_fx.layers.peft_layers import is_peft_layer
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.readers import reads_weights
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
-from hra_fx.layers.sharding import call, is_dtensor
+from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION, weight_place
 
 
@@ -72,7 +71,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
                 "parameters first, or load the weights."
             )
         scheme = quant_scheme_of(layer)
-        rotated: Tensor = call(adapters, weight=base if scheme is None else scheme.values(layer))
+        rotated: Tensor = adapters(weight=base if scheme is None else scheme.values(layer))
         return rotated.to(base.dtype) if base.is_floating_point() else rotated
 
 
@@ -111,13 +110,16 @@ def read_weight(layer: nn.Module) -> Any:
     if adapters.needs_parameter:
         return base
     if torch.compiler.is_compiling() or compat.is_fx_tracing():
-        return call(adapters, weight=base)
+        return adapters(weight=base)
     is_running = RUNNING.run is not None or compat.is_in_backward()  # a checkpointed block runs again in the backward
     if not is_running or _must_be_parameter(layer, base) or not adapters.acts:
         return base
     if adapters.reflects_input:
         adapters.is_read = True
-    return call(adapters, weight=base)
+    found = adapters(weight=base)
+    if RUNNING.read is not None:
+        RUNNING.read.append((layer, found, compat.tensor_versions([found])[0]))
+    return found
 
 
 def _must_be_parameter(layer: nn.Module, base: Any) -> bool:
@@ -143,26 +145,39 @@ class ReadsWeights(SwapMixin):
         return {"forward": running(base.forward)}
 
 
-def mark_readers(owners: Iterable[nn.Module], undo: ExitStack) -> None:
+def mark_readers(owners: Iterable[nn.Module]) -> None:
     """Swap the classes of the modules that read weights of other modules in their code."""
     for owner in owners:
         # fx creates a class for each graph.
         if isinstance(owner, fx.GraphModule) or REFLECTION in owner._modules or ReadsWeights in mixins_of(owner):
             continue
         if reads_weights(original_class(owner)):
-            undo.callback(unswap, owner, ReadsWeights)
             swap(owner, ReadsWeights)
 
 
 def running(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a forward so that a model runs during its calls."""
+    """Wrap a forward so that a model runs during its calls, and refuse writes into the weights that it reads."""
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        outer, RUNNING.layer = RUNNING.layer, self
+        outer = RUNNING.layer, RUNNING.read
+        RUNNING.layer, RUNNING.read = self, []
         try:
-            return during(RUNNING.run or WITHOUT_FACTORS, forward, self, *args, **kwargs)
+            output = during(RUNNING.run or WITHOUT_FACTORS, forward, self, *args, **kwargs)
+            for layer, weight, version in RUNNING.read:
+                _refuse_write(layer, weight, version)
+            return output
         finally:
-            RUNNING.layer = outer
+            RUNNING.layer, RUNNING.read = outer
 
     return run
+
+
+def _refuse_write(layer: nn.Module, weight: Tensor, version: int) -> None:
+    if compat.tensor_versions([weight]) != [version]:
+        adapters: Any = layer._modules[REFLECTION]
+        raise AdapterError(
+            f"{adapters.layer_path}: the forward of the model writes into its {weight_place(layer)[1]}. It is W Q "
+            "while the model runs, so the change would be lost. Write outside of the forward, or leave the layer out "
+            "with exclude_modules."
+        )

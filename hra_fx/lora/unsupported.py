@@ -8,7 +8,10 @@ Other reads, such as a read in one branch and a call in another, are only known 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import re
 from collections.abc import Mapping
 
 import torch
@@ -19,7 +22,6 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.readers import METADATA, chains_of
 from hra_fx.layers.target import REFLECTION, describe, find_kind, weight_name
 
 OUTPUT_PROJECTION = "is the output projection of attention, whose change PEFT's LoRA (0.21) adds twice"
@@ -111,13 +113,19 @@ def check_reads(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _is_only_read(path: str, layer: nn.Module, owners: Mapping[str, nn.Module]) -> bool:
-    """Whether the parents of a layer use its weight, but never the layer itself."""
-    parts = path.split(".")
-    uses: list[tuple[str, ...]] = []
-    for depth in range(len(parts)):
-        own = ("self", *parts[depth:])
-        chains = chains_of(original_class(owners[".".join(parts[:depth])]))
-        uses += [chain[len(own) :] for chain in chains if chain[: len(own)] == own]
+    """Whether the code of the modules around a layer uses its weight, but never calls the layer."""
+    *places, name = path.split(".")
+    around = [owners[".".join(places[:depth])] for depth in range(len(places) + 1)]
+    code = "".join(_source(cls) for cls in {original_class(owner) for owner in around})
     weight = weight_name(find_kind(layer) or "linear")
-    reads = [use for use in uses if use[:1] == (weight,) and METADATA.isdisjoint(use[1:2])]
-    return bool(reads) and not any(use[:1] in ((), ("forward",)) for use in uses)
+    reads = re.search(rf"\.{re.escape(name)}\.{weight}\b(?!\.(dtype|device|shape))", code)
+    return reads is not None and not re.search(rf"\.{re.escape(name)}(\.forward)?\(", code)
+
+
+def _source(cls: type[nn.Module]) -> str:
+    """The code of a class and of its bases below `nn.Module`, as far as it is known."""
+    code = []
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        with contextlib.suppress(OSError, TypeError):
+            code.append(inspect.getsource(base))
+    return "".join(code)

@@ -14,11 +14,11 @@ import copy
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from hra_fx.compat import is_exporting, is_replica
-from hra_fx.kernels.dispatch import is_plain_eager
-from hra_fx.layers.batching import start_of_forward
+from hra_fx.compat import is_replica
+from hra_fx.layers.batch import batch_of
 from hra_fx.layers.running import Run
 from hra_fx.layers.target import FACTORS
 from hra_fx.passes.fold import erase
@@ -40,9 +40,9 @@ class BatchedFactors(nn.Module):
         """Return the factors, or `None` if each layer computes its own, for example under torch.compile."""
         if self.state is None or self.state.disabled or not self.state.active:
             return None
-        if is_replica(self) or is_exporting() or not is_plain_eager():
+        if is_replica(self) or torch.compiler.is_compiling():
             return None
-        return start_of_forward(self.state.layers)
+        return batch_of(self).start(lambda: self.state.layers)
 
 
 def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:

@@ -14,12 +14,12 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters, get_adapters
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
 from hra_fx.layers.classes import adapters_for, layer_class_for
 from hra_fx.layers.experts import attach, detach
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.readers import needs_parameter, why_lost
+from hra_fx.layers.readers import needs_parameters, writes_data
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.layers.weight import mark_readers
@@ -117,23 +117,25 @@ def _attach(path: str, layer: nn.Module) -> None:
 
 
 def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
-    """Find the modules that read or write weights of adapted layers in their code."""
+    """Mark the modules that use weights of adapted layers in their code."""
     new = set(layers.values())
-    # All paths of the new layers, also of shared ones, with the names that checkpoint wrappers insert.
-    paths = [path for path, module in modules.items() if module in new]
-    around = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 1)}
-    owners = [modules[path] for path in sorted({"", *around})]
-    classes = set(map(original_class, owners))
-    for path, layer in layers.items():
+    # All paths of the new layers, also of shared ones, with the names that checkpoint wrappers insert; and of experts.
+    places = {path: module for path, module in modules.items() if module in new} | dict(layers)
+    around = {".".join(path.split(".")[:depth]) for path in places for depth in range(path.count(".") + 1)}
+    owners = [modules[path] for path in sorted({"", *around}) if path in modules]
+    for path, layer in places.items():
         adapters: Any = layer._modules[REFLECTION]
-        names = {place.rpartition(".")[2] for place in paths if modules[place] is layer}
-        own = None if adapters.reflects_input else original_class(layer)  # the class of a forward that reads W Q
-        if written := why_lost(names, classes, own):
-            raise UnsupportedLayerError(
-                f"{path} ({type(layer).__name__}): {written}. Leave it out with exclude_modules."
-            )
-        adapters.needs_parameter = needs_parameter(names, classes)
-    mark_readers(owners, ExitStack())
+        for part in (layer, modules.get(path.rpartition(".")[0], layer)):
+            if writes_data(original_class(part)) and not (part is layer and adapters.reflects_input):
+                raise UnsupportedLayerError(
+                    f"{path}: the forward of {type(part).__name__} uses the `data` of a weight. The weight is W Q "
+                    "while the model runs, so a change would be lost. Leave the layer out with exclude_modules."
+                )
+    for owner in owners:
+        if needs_parameters(original_class(owner)):
+            for adapters in filter(None, map(get_adapters, owner.modules())):
+                adapters.needs_parameter = True
+    mark_readers(owners)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -1,4 +1,4 @@
-"""The class of an adapted model.
+"""The class of an adapted model: a call of it is a run, with the factors of all layers.
 
 A trained copy that is in use has the name of the tensor that it replaces, so the names in a `state_dict` depend on the
 active adapter. Entries are renamed before they are loaded.
@@ -7,21 +7,18 @@ active adapter. Entries are renamed before they are loaded.
 from __future__ import annotations
 
 import functools
-import inspect
-from contextlib import ExitStack
-from types import FunctionType
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hra_fx import compat
 from hra_fx.compat import is_replica
 from hra_fx.kernels.dispatch import is_compiling
-from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.batching import factors_in_traced_batches, start_of_forward
-from hra_fx.layers.class_swap import SwapMixin, swap, unswap
-from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
-from hra_fx.layers.sharding import gather_groups, is_sharded
+from hra_fx.layers.batch import batch_of, traced_batch
+from hra_fx.layers.class_swap import SwapMixin, swap
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run, during
+from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 from hra_fx.model.state import adapted_layers, get_state
@@ -34,7 +31,7 @@ _ANOTHER = "of_another_adapter"
 class AdaptedModel(SwapMixin):
     """A model that was transformed."""
 
-    _hra_priority = 2
+    _hra_priority = 3
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, also if another tool has set a `forward` on it (TRL, Liger, accelerate).
@@ -47,32 +44,17 @@ class AdaptedModel(SwapMixin):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Wrap `forward` and `generate` of `base` to compute the factors of all layers at their start."""
+        """Wrap `forward` of `base` to compute the factors of all layers at its start."""
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             _refuse_adapter_names(kwargs)
             if is_compiling():
-                with factors_in_traced_batches(_acting_layers(self)):
+                with traced_batch(_acting_layers(self)):
                     return base.forward(self, *args, **kwargs)
-            run = RUNNING.run  # of `generate`
-            if run is None or not run.is_current():
-                run = start_of_forward(_acting_layers(self, in_forward=True))
-            return during(run, base.forward, self, *args, **kwargs)
+            return during(_start(self, kwargs), base.forward, self, *args, **kwargs)
 
-        made = inspect.getattr_static(base, "generate", None)
-        if not isinstance(made, FunctionType):
-            return {"forward": forward}
-
-        @functools.wraps(made)
-        def generate(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-            _refuse_adapter_names(kwargs)
-            # Forwards with gradients, if there are any, do not use factors computed without gradients.
-            with torch.no_grad():
-                run = start_of_forward(_acting_layers(self), reuse=True)
-            return during(run, made, self, *args, **kwargs)
-
-        return {"forward": forward, "generate": generate}
+        return {"forward": forward}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename entries. This is called before the children load their entries."""
@@ -105,21 +87,23 @@ def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
         raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
 
 
-def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn.Module, ...]:
-    """The adapted layers of a model with active adapters, if their factors can be computed together.
+def _start(model: nn.Module, kwargs: dict[str, Any]) -> Run:
+    """Start a run of a model, or of its body, with the factors of its layers.
 
-    This is not possible in a replica of DataParallel, or if FSDP reduces the gradients of a block before the batch has
-    its gradients. If all vectors are in separate groups (`fully_shard` of the containers), they are gathered at the
-    start of the forward.
+    A replica of DataParallel has no parameters, and FSDP would reduce the gradients of a block before the batch has
+    its gradients. Then each layer computes its own factors.
     """
+    if is_replica(model) or is_sharded(model):
+        return WITHOUT_FACTORS
+    return batch_of(model).start(functools.partial(_acting_layers, model), compat.cache_in(kwargs))
+
+
+def _acting_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The adapted layers of a model with active adapters, or of its body."""
     state = get_state(model)
-    if state is None or state.disabled or not state.active or is_replica(model):
-        return ()
-    if is_sharded(model):
-        containers = [adapters for layer in state.layers if (adapters := get_adapters(layer)) is not None]
-        if not in_forward or is_compiling() or not gather_groups(model, containers):
-            return ()
-    return state.layers
+    if state is None:
+        return [part for part in model.modules() if REFLECTION in part._modules]
+    return () if state.disabled else state.layers
 
 
 def _rename(state: dict[str, Any], place: str, copies: Copies, theirs: set[str]) -> None:
@@ -140,7 +124,7 @@ def _rename(state: dict[str, Any], place: str, copies: Copies, theirs: set[str])
 class AdaptedBody(SwapMixin):
     """The body of a transformed model, which also starts a run if it is called alone."""
 
-    _hra_priority = 1
+    _hra_priority = 2
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -148,19 +132,15 @@ class AdaptedBody(SwapMixin):
 
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            run = RUNNING.run
-            if run is None or not run.factors:  # called alone, or from a `forward` that another tool has set
-                is_whole = not (is_compiling() or is_replica(self) or is_sharded(self))
-                layers = [part for part in self.modules() if is_whole and REFLECTION in part._modules]
-                run = start_of_forward(layers)
-            return during(run, base.forward, self, *args, **kwargs)
+            if is_compiling() or (RUNNING.run is not None and RUNNING.run.prepared):
+                return base.forward(self, *args, **kwargs)
+            return during(_start(self, kwargs), base.forward, self, *args, **kwargs)
 
         return {"forward": forward}
 
 
-def swap_body(model: nn.Module, undo: ExitStack) -> None:
+def swap_body(model: nn.Module) -> None:
     """Swap the class of the body of a model, if it has one."""
     body = getattr(model, "base_model", None)
     if isinstance(body, nn.Module) and body is not model:
-        undo.callback(unswap, body, AdaptedBody)
         swap(body, AdaptedBody)

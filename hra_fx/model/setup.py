@@ -75,7 +75,7 @@ def put_adapter(
             attach_state(model, state)
             if root_class is not None and not isinstance(model, fx.GraphModule):
                 swap(model, root_class)
-                swap_body(model, ExitStack())
+                swap_body(model)
             activate(collect_parts(model), state, (name,), trainable=not config.inference_mode)
         else:
             parts = collect_parts(model)

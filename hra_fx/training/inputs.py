@@ -19,8 +19,8 @@ from hra_fx.errors import AdapterError
 from hra_fx.example_inputs import Call, device_of, preserve_rng_state
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.linear import LinearAdapters
 from hra_fx.layers.sharding import full_tensor, is_sharded, reshard
-from hra_fx.layers.variants import LinearAdapters
 from hra_fx.training.without_adapters import without_adapters
 
 #: The number of patches of an image that are added to a sketch at once.

@@ -14,8 +14,8 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hra_fx.kernels.factors import Factors, wy_factors
-from hra_fx.kernels.linear import reflect_rows
+from hra_fx.kernels.factors import wy_factors
+from hra_fx.layers.linear import reflect_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -79,7 +79,7 @@ def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
     def reflected(u: Tensor) -> Tensor:
         rows, down = wy_factors(u)
         assert rows.dtype is F32
-        return reflect_rows(x, Factors(rows.to(BF16), down.to(BF16)))
+        return reflect_rows(x, (rows.to(BF16), down.to(BF16)))
 
     with torch.autocast("cpu", dtype=BF16):
         y = reflected(vectors)

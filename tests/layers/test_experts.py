@@ -134,7 +134,7 @@ def test_16_bits(autocast: bool) -> None:
 
 def test_a_forward_that_writes_into_the_weight_is_refused() -> None:
     experts, _, _ = adapted()
-    message = "Experts.up: the forward writes into it. It is W Q while the model runs"
+    message = "the forward of the model writes into its up. It is W Q while the model runs"
     with torch.no_grad(), pytest.raises(hra_fx.AdapterError, match=message):
         experts(lambda own: own.up.zero_())
     with torch.no_grad():

@@ -220,8 +220,12 @@ class ByProperty(Parent):
         return self.helper(x)
 
 
-class Metadata(Parent):
+class Metadata(nn.Module):
     """Only metadata is read, and the source does not show that the layer is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = getattr(self, "fc")  # noqa: B009

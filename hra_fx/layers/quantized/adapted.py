@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx.layers.adapted_layer import AdaptedLinear
+from hra_fx.layers.linear import AdaptedLinear, LinearAdapters, reflect_rows
 from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.layers.quantized.linear_map import LinearMap
-from hra_fx.layers.sharding import call
+from hra_fx.layers.running import factors_for
 from hra_fx.layers.target import REFLECTION
-from hra_fx.layers.variants import LinearAdapters
 
 
 class QuantizedAdapters(LinearAdapters):
@@ -40,7 +39,10 @@ class AdaptedQuantizedLinear(AdaptedLinear):
 
         @functools.wraps(base.forward)
         def forward(self: Any, input: Tensor, reflected: Tensor | None = None) -> Any:
-            x: Tensor = call(self.hra_u, input) if reflected is None else reflected
+            if reflected is None:
+                factors = factors_for(self.hra_u, input)
+                reflected = input if factors is None else reflect_rows(input, factors)
+            x: Tensor = reflected
             scheme: Any = quant_scheme_of(self)
             wanted = torch.is_grad_enabled() and x.requires_grad
             # If the bias is trained, the output has a gradient, whether or not the library passes one to the input.
