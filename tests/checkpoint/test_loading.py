@@ -152,12 +152,11 @@ def test_keys_without_pefts_prefix_are_accepted(tmp_path: Path) -> None:
     assert torch.equal(hra_fx.load_adapter(mlp(), folder).eval()(X), wanted)
 
 
-@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3, "apply_GS": True}], ids=str)
-def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_that_diverged_is_not_saved(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
-    model = adapted(mlp(), "0", **fields)
+    model = adapted(mlp(), "0", r=2)
     with torch.no_grad():
-        model[0].hra_u["default"][1, 0] = float("nan" if "apply_GS" in fields else "inf")
+        model[0].hra_u["default"][1, 0] = float("inf")
     before = picture(folder)
     with pytest.raises(
         CheckpointError, match=rf"adapter_model\.safetensors: '{PREFIX}0\.hra_u' has .* NaN\. Nothing was"
@@ -251,7 +250,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "no weights": (CHAIN, without(WEIGHTS_NAME), NO_FILE),
     "cut short": (CHAIN, written(lambda whole: whole[:-7]), NO_FORMAT),
     "a pointer of git-lfs": (CHAIN, written(lambda _: b"version https://git-lfs.github.com/spec/v1"), NO_FORMAT),
-    "no tensors": (CHAIN, with_weights(dict.clear), f"does not fit Sequential: missing keys {FIRST}, {LAST}."),
     # the vectors
     "width": (CHAIN, put(LAST, torch.ones(6, 4)), shape(LAST, (6, 4), (8, 4))),
     "nan": (
@@ -274,7 +272,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     ),
     # modules to save
     "no head": (WITH_HEAD, drop(HEAD, HEAD_BIAS), f"missing keys {HEAD_BIAS}, {HEAD}."),
-    "shape of the head": (WITH_HEAD, put(HEAD, torch.ones(5, 8)), shape(HEAD, (5, 8), (4, 8))),
     # a configuration that does not match the weights
     "another rank": (CHAIN, with_config(r=8), shape(FIRST, (6, 4), (6, 8))),
     "fewer targets": (
@@ -282,7 +279,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
         with_config(target_modules=["0"]),
         f"unexpected keys {LAST}. Was the adapter trained on another base model, or its configuration edited?",
     ),
-    "more targets": ((("0",), {"r": 3}), with_config(target_modules=["0", "3"]), f"missing keys {LAST}."),
 }
 #: Name, what was saved, how it is damaged, the named file, the message, the type of the error.
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {
