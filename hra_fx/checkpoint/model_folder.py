@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -34,17 +33,6 @@ _LIBRARIES = {"model_type": "transformers", "_class_name": "diffusers"}
 
 #: The files of weights that the libraries load, one or several with an index.
 WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-#: The dtypes of weights, as safetensors names them.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def build_model(path: Path) -> tuple[nn.Module, str]:
@@ -131,13 +119,13 @@ def _class_of(file: Path, entries: Mapping[str, Any], library: str) -> tuple[Any
 
 
 def stored_dtypes(folder: Path) -> dict[str, tuple[Path, torch.dtype, int]]:
-    """Key -> its file, dtype and number of elements, from the headers of the safetensors files in a folder."""
+    """Key -> its file, dtype and number of elements, for the safetensors files in a folder; no data is read."""
     found = {}
     for file in filter(lambda file: WEIGHTS.fullmatch(file.name), sorted(folder.glob("*.safetensors"))):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118, not a dict
-                part = opened.get_slice(key)
-                found[key] = file, _DTYPES.get(part.get_dtype(), torch.float32), math.prod(part.get_shape())
+                mapped = opened.get_tensor(key)
+                found[key] = file, mapped.dtype, mapped.numel()
     return found
 
 

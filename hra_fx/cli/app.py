@@ -24,13 +24,8 @@ _EXIT_CODES = (
 
 _EXAMPLES = r"""
 hra-fx inspect my-adapter
-hra-fx inspect my-adapter --json | jq '.rows[].mean_angle'
-hra-fx match my-model
 hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7
-hra-fx match my-model --target all-linear --exclude lm_head --rank 16
-hra-fx match my-model --regex '.*self_attn\.[qv]_proj'
-hra-fx match my-model --config my-adapter
-hra-fx fold my-model my-adapter folded
+hra-fx match my-model --regex '.*self_attn\.[qv]_proj' --rank 16
 hra-fx fold my-model first second folded
 hra-fx fold my-pipeline/unet my-adapter folded-unet
 hra-fx convert my-adapter my-lora --to lora --base my-model
