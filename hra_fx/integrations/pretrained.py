@@ -89,7 +89,7 @@ class AdaptedPretrainedModel(AdaptedModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state, without the entries with which a checkpoint stops PEFT (see `save_adapters`)."""
-        own = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
+        own = {key: one for key, one in state_dict.items() if not key.startswith(PREFIX) or one.numel()}
         return super().load_state_dict(own, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
