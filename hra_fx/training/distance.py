@@ -76,7 +76,7 @@ def distance_to_base(model: nn.Module, batch: Any) -> Tensor:
     if own.shape != base.shape:
         own = own[:, -base.shape[1] :]  # without the virtual tokens of a prompt
     dtype = torch.promote_types(own.dtype, torch.float32)
-    distances = (_divergence if is_logits else _relative)(own.to(dtype), base.to(own.device, dtype))
+    distances = _distances(own.to(dtype), base.to(own.device, dtype), is_logits)
     return _mean(distances, _mask(inner, args, kwargs))
 
 
@@ -94,15 +94,14 @@ def _read(output: Any) -> tuple[Tensor, bool]:
     )
 
 
-def _divergence(own: Tensor, base: Tensor) -> Tensor:
+def _distances(own: Tensor, base: Tensor, is_logits: bool) -> Tensor:
+    """The distance for each token, or for each row."""
+    square = (own - base).square().sum(-1)
+    if not is_logits:
+        return square / base.square().sum(-1).clamp_min(torch.finfo(base.dtype).eps)
     if own.shape[-1] == 1:
-        return (own - base).square().sum(-1) / 2
+        return square / 2
     return F.kl_div(own.log_softmax(-1), base.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-
-
-def _relative(own: Tensor, base: Tensor) -> Tensor:
-    size = base.square().sum(-1).clamp_min(torch.finfo(base.dtype).eps)
-    return (own - base).square().sum(-1) / size
 
 
 def _mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -113,7 +113,7 @@ def protect(
     """
     if isinstance(samples, nn.Module):
         raise AdapterError("`samples` is a model. Since 0.5, protect takes no optimizer: call protect(model, samples).")
-    state, layers = _adapters(model, frozen=False)
+    state, layers = _adapters(model, trained=True)
     earlier = _earlier(previous, layers)
     _check_directions(directions, layers, state, earlier)
     if samples is None:
@@ -129,7 +129,8 @@ def protect(
             f"uses their weights in a way that is not known: {some_of(unseen)}."
         )
         warnings.warn(text, HRAWarning, stacklevel=4)  # of the caller: there are two decorators
-    return _keep(layers, state, _bases(found, directions, earlier), found)
+    new = {path: sketch.basis(directions, earlier.get(path)) for path, sketch in found.items()}
+    return _keep(layers, state, {**earlier, **new}, found)
 
 
 def unprotect(model: nn.Module) -> None:
@@ -149,7 +150,7 @@ def unprotect(model: nn.Module) -> None:
         >>> model[0].hra_u.kept("default") is None
         True
     """
-    state, layers = _adapters(model, frozen=True)
+    state, layers = _adapters(model, trained=False)
     for layer in layers.values():
         for name in _active(layer, state):
             layer.hra_u.keep(name, None)
@@ -159,17 +160,10 @@ def _active(layer: AdaptedLayer, state: AdapterState) -> list[str]:
     return [name for name in state.active if name in layer.hra_u]
 
 
-def _adapters(model: nn.Module, *, frozen: bool) -> tuple[AdapterState, dict[str, AdaptedLayer]]:
-    """The state of a model and its layers with active adapters, which must be trainable unless `frozen`."""
+def _adapters(model: nn.Module, *, trained: bool) -> tuple[AdapterState, dict[str, AdaptedLayer]]:
+    """The state of a model and its layers with active adapters, neither merged nor scaled, and perhaps `trained`."""
     root, state = root_of(model)
     layers = {path: layer for path, layer in adapted_layers(root).items() if _active(layer, state)}
-    _check_adapters(layers, state, frozen=frozen)
-    check_whole(root, "protect it", "weights")
-    return state, layers
-
-
-def _check_adapters(layers: Mapping[str, AdaptedLayer], state: AdapterState, *, frozen: bool) -> None:
-    """Check that the active adapters compute the chain of their vectors and, unless `frozen`, are trainable."""
     if not layers:
         raise AdapterError("the model has no active adapter to protect. Call hra_fx.set_adapter(model, name) first.")
     for path, layer in layers.items():
@@ -179,11 +173,13 @@ def _check_adapters(layers: Mapping[str, AdaptedLayer], state: AdapterState, *, 
                 raise AdapterError(f"{place} is merged into the weight. Call hra_fx.unmerge_adapter(model) first.")
             if name in layer.hra_u.scales:
                 raise AdapterError(f"{place} has a scale. Call hra_fx.set_scale(model, {name!r}, 1.0) first.")
-            if not frozen and not layer.hra_u[name].requires_grad:
+            if trained and not layer.hra_u[name].requires_grad:
                 raise AdapterError(
                     f"{place} is frozen, and protecting it would change what it has learned. Call "
                     f"hra_fx.set_adapter(model, {name!r}) to train it, or activate only adapters that you train."
                 )
+    check_whole(root, "protect it", "weights")
+    return state, layers
 
 
 def _check_directions(
@@ -224,10 +220,6 @@ def _earlier(previous: Any, layers: Mapping[str, AdaptedLayer]) -> dict[str, Ten
                 f"{str(basis.dtype).removeprefix('torch.')} columns are not. Pass what protect returned, in its dtype."
             )
     return {path: basis[..., basis.flatten(0, -2).any(dim=0)] for path, basis in bases.items()}
-
-
-def _bases(found: Mapping[str, Sketch], directions: int, earlier: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**earlier, **{path: sketch.basis(directions, earlier.get(path)) for path, sketch in found.items()}}
 
 
 def _keep(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -92,7 +91,7 @@ def _batch_of_one(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def _without_padding(batch: dict[str, Any], decodes: bool) -> Iterator[dict[str, Any]]:
-    """The rows of a batch without the columns that its masks hide; rows of equal lengths are one batch."""
+    """The rows of a batch, one by one, without the columns that its masks hide."""
     masks = {name: _is_token(name, batch[name]) for name in (_MASK, _DECODER) if isinstance(batch.get(name), Tensor)}
     labels: Any = batch.get("labels")
     if decodes and _DECODER not in masks and getattr(labels, "ndim", 0) == 2:
@@ -100,21 +99,27 @@ def _without_padding(batch: dict[str, Any], decodes: bool) -> Iterator[dict[str,
     if all(bool(mask.all()) for mask in masks.values()):
         yield batch
         return
-    _check_padding(batch, masks)
-    lengths = torch.stack([mask.sum(1) for mask in masks.values()], dim=1).tolist()
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for row, own in enumerate(lengths):
-        if all(own):
-            groups[tuple(own)].append(row)
-    for rows in groups.values():
-        yield {name: _rows(value, rows, masks.get(_side(name, masks))) for name, value in batch.items()}
+    count = len(next(iter(masks.values())))
+    for name, value in batch.items():
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()]
+        if (wrong := next((leaf for leaf in tensors if leaf is not value or len(leaf) != count), None)) is not None:
+            raise AdapterError(
+                f"{name}: the batch has padding (`attention_mask`), and the first dimension of this tensor is not the "
+                f"number of rows: got shape {tuple(wrong.shape)} for {count} rows. Pass one sample per batch, without "
+                "padding."
+            )
+    for row in range(count):
+        if all(bool(mask[row].any()) for mask in masks.values()):
+            yield {name: _row(value, row, masks.get(_side(name, masks))) for name, value in batch.items()}
 
 
 def _is_token(name: str, mask: Tensor) -> Tensor:
-    if mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+    """The mask as booleans. Tokens must not have padding between them, which cannot be taken out."""
+    starts = torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=-1) > 0
+    if mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()) or bool((starts.sum(dim=1) > 1).any()):
         raise AdapterError(
-            f"`{name}` must have shape (batch, length), with 1 for tokens and 0 for padding, got shape "
-            f"{tuple(mask.shape)} or other values. Pass samples without padding and without it."
+            f"`{name}` must have shape (batch, length), with 1 for tokens and 0 for padding at the start or the end, "
+            f"got shape {tuple(mask.shape)} or other values. Pass samples without padding and without it."
         )
     return mask != 0
 
@@ -124,29 +129,9 @@ def _side(name: str, masks: Mapping[str, Tensor]) -> str:
     return _DECODER if _DECODER in masks and (name.startswith("decoder_") or name == "labels") else _MASK
 
 
-def _rows(value: Any, rows: list[int], mask: Tensor | None) -> Any:
-    """Some rows of a tensor of a batch, without the columns that a mask hides."""
+def _row(value: Any, row: int, mask: Tensor | None) -> Any:
+    """One row of a tensor of a batch, without the columns that a mask hides."""
     if not isinstance(value, Tensor) or not value.dim():
         return value
-    if mask is None or value.shape[:2] != mask.shape:
-        return value[rows]
-    return torch.stack([value[row][mask[row]] for row in rows])
-
-
-def _check_padding(batch: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
-    count = len(next(iter(masks.values())))
-    for name, value in batch.items():
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, Tensor) and leaf.dim() and (leaf is not value or len(leaf) != count):
-                raise AdapterError(
-                    f"{name}: the batch has padding (`attention_mask`), and the first dimension of this tensor is not "
-                    f"the number of rows: got shape {tuple(leaf.shape)} for {count} rows. Pass one sample per batch, "
-                    "without padding."
-                )
-    for name, mask in masks.items():
-        starts = torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=1) > 0
-        if bool((starts.sum(dim=1) > 1).any()):
-            raise AdapterError(
-                f"{name}: it hides tokens between others, so they cannot be taken out like padding. Pass samples whose "
-                "hidden tokens are at the start or the end."
-            )
+    own = value[row : row + 1]
+    return own if mask is None or value.shape[:2] != mask.shape else own[:, mask[row]]

@@ -138,12 +138,13 @@ def test_padding_that_cannot_be_taken_out_is_refused() -> None:
             r"^pixel_values: .* got shape \(2, 5\) for 3 rows\. Pass one sample per",
         ),
         ({"cache": [torch.randn(3, 5)]}, r"^cache: the batch has padding .* Pass one sample per batch, without"),
-        ({"attention_mask": torch.tensor([[1, 0, 1]] * 3)}, r"^attention_mask: it hides tokens between others"),
-        (
-            {"attention_mask": torch.zeros(3, 1, 3, 3)},
-            r"must have shape \(batch, length\), .* got shape \(3, 1, 3, 3\)",
-        ),
-        ({"attention_mask": (mask - 1) * 1e9}, r"with 1 for tokens and 0 for padding, got shape \(3, 3\) or other"),
+        *[
+            (
+                {"attention_mask": wrong},
+                r"^`attention_mask` must have shape \(batch, length\), with 1 for tokens and 0 f",
+            )
+            for wrong in (torch.tensor([[1, 0, 1]] * 3), torch.zeros(3, 1, 3, 3), (mask - 1) * 1e9)
+        ],
     ):
         with pytest.raises(AdapterError, match=message):
             hra_fx.protect(model, [{"input_ids": ids, "attention_mask": mask, **batch}], 4)
