@@ -106,20 +106,6 @@ def test_a_model_reads_each_token_once_if_it_has_a_cache(kind: str, widths: list
     assert torch.equal(found["input_ids"], written_by_hand(model.eval(), (4,), 10, seed=0)[0])
 
 
-def test_tokens_have_the_frequencies_of_the_base() -> None:
-    """The statistic of a chi-square test over all pairs of tokens, against its mean and deviation."""
-    model = llama(vocab_size=9).eval()
-    count = 20_000
-    found = hra_fx.own_texts(model, count, 2, batch_size=count)[0]["input_ids"]
-    with torch.no_grad():
-        chances = model(input_ids=torch.arange(3, 9)[:, None]).logits[:, 0, 3:].softmax(-1)
-    assert chances.max() > 0.4  # far from uniform
-    expected = count * chances / 6
-    seen = torch.zeros(6, 6).index_put((found[:, 0] - 3, found[:, 1] - 3), torch.ones(count), accumulate=True)
-    statistic = float(((seen - expected).square() / expected).sum())
-    assert abs(statistic - 35) < 4 * 70**0.5
-
-
 def test_a_chat_template_and_special_tokens_of_a_tokenizer() -> None:
     padded = llama(vocab_size=len(WORDS) + 5, bos_token_id=None, pad_token_id=0, eos_token_id=2)
     user, bot = WORDS.index("<user>"), WORDS.index("<bot>")

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from adapting import config, vectors_of
 from oracles import relative_error
 from peft_sides import by_peft, by_us, plain_name
-from timm.utils import ModelEmaV2, ModelEmaV3
+from timm.utils import ModelEmaV2
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -124,12 +124,10 @@ def test_six_steps_are_three_and_three(way: str, kind: str, tmp_path: Path) -> N
 
 
 AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
-    "AveragedModel": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8)),
     "AveragedModel with buffers": lambda model: AveragedModel(
         model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True
     ),
     "ModelEmaV2": lambda model: ModelEmaV2(model, decay=0.8),
-    "ModelEmaV3": lambda model: ModelEmaV3(model, decay=0.8),
 }
 
 
