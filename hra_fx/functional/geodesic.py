@@ -59,7 +59,7 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
         if not vectors.numel():
             return torch.zeros_like(chain)
         basis, moved = span(vectors)
-        block = _identity(len(moved)) - moved
+        block = moved.new_ones(len(moved)).diag() - moved
         planes = _planes(block)
         angles = alpha * _angles(block, planes)
         # Smaller angles are rounding errors of vectors that cancel.
@@ -112,7 +112,7 @@ def _cut(angles: Tensor) -> float:
 
 def _skew_planes(block: Tensor) -> Tensor:
     """`_planes` of a rotation `(n, n)` without an angle near pi."""
-    identity = _identity(block.shape[0])
+    identity = block.new_ones(len(block)).diag()
     cayley = torch.linalg.solve(identity + block, identity - block)
     vectors = torch.linalg.eigh(1j * (cayley - cayley.mT) / 2).eigenvectors
     negative = vectors[:, : block.shape[0] // 2]
@@ -130,7 +130,3 @@ def _angles(block: Tensor, planes: Tensor) -> Tensor:
     cosines = (first * image_first + second * image_second).sum(dim=0)
     sines = (second * image_first - first * image_second).sum(dim=0)
     return torch.atan2(sines, cosines)
-
-
-def _identity(size: int) -> Tensor:
-    return torch.eye(size, dtype=torch.float64, device="cpu")

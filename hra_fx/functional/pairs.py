@@ -22,6 +22,8 @@ import math
 import torch
 from torch import Tensor
 
+from hra_fx.functional.householder import working_dtype
+
 #: `c`: how much a difference counts. AdamW changes all entries by about the learning rate, and `d` needs smaller steps.
 DIFFERENCE = 0.1
 
@@ -45,19 +47,15 @@ def pairs_shape(vectors: tuple[int, ...]) -> tuple[int, ...]:
 
 def to_pairs(vectors: Tensor) -> Tensor:
     """Convert vectors `(..., d, r)` with an even `r` to pairs `(..., d, r / 2, 2)`, at least float32."""
-    first, second = vectors.to(_wide(vectors)).reshape(pairs_shape(vectors.shape)).unbind(-1)
+    first, second = vectors.to(working_dtype(vectors.dtype)).reshape(pairs_shape(vectors.shape)).unbind(-1)
     length = 2 * start_length(*vectors.shape[-2:])
     return torch.stack([(first + second) / length, (first - second) / (length * DIFFERENCE)], -1)
 
 
 def from_pairs(pairs: Tensor) -> Tensor:
     """The inverse of `to_pairs`: vectors `(..., d, r)`, at least float32."""
-    middle, difference = pairs.to(_wide(pairs)).unbind(-1)
+    middle, difference = pairs.to(working_dtype(pairs.dtype)).unbind(-1)
     first = torch.add(middle, difference, alpha=DIFFERENCE)
     second = torch.sub(middle, difference, alpha=DIFFERENCE)
     length = start_length(pairs.shape[-3], 2 * pairs.shape[-2])
     return torch.stack([first, second], -1).flatten(-2) * length
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapting import randomise
 from hypothesis import given, strategies as st
-from layers.checking import dense_weights
 from model.many import adapted, assert_close, config, net, normal, oracle
 from moe_models import built, experts_config
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import LongcatFlashConfig
-from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 import hra_fx
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
@@ -104,20 +99,6 @@ def test_fields_that_do_not_fit_the_model_are_refused(fields: dict[str, Any], me
 def test_a_model_without_such_parameters() -> None:
     with pytest.raises(hra_fx.SelectionError, match=r"Sequential has no 3-D parameters. List its layers"):
         hra_fx.transform(nn.Sequential(nn.Linear(2, 2)), experts_config())
-
-
-def test_longcats_experts_equal_dense_ones() -> None:
-    """Only one of the two parameters has rows for the zero experts, which return their input."""
-    config = LongcatFlashConfig(hidden_size=8, expert_ffn_hidden_size=6, n_routed_experts=3, zero_expert_num=2)
-    experts = LongcatFlashExperts(config).double()
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter)
-    base = nn.ModuleDict({"experts": experts})
-    model = hra_fx.transform(copy.deepcopy(base), experts_config())
-    randomise(model)
-    base.load_state_dict(dense_weights(base, model), strict=False)
-    call = (torch.randn(10, 8).double(), torch.arange(20).view(10, 2) % 5, torch.rand(10, 2).double())
-    torch.testing.assert_close(model["experts"](*call), base["experts"](*call), rtol=1e-9, atol=1e-9)
 
 
 def test_target_parameters_are_stored() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,15 +64,6 @@ def by_state(model: Any, optimizer: Any, fresh: Any, folder: Path, *, assign: bo
     return fresh, again
 
 
-def by_pickle(model: Any, optimizer: Any, fresh: Any, folder: Path) -> tuple[Any, Any]:
-    torch.save((model, optimizer), folder / "both")
-    return torch.load(folder / "both", weights_only=False)  # type: ignore[no-any-return]
-
-
-def by_copy(model: Any, optimizer: Any, fresh: Any, folder: Path) -> tuple[Any, Any]:
-    return copy.deepcopy((model, optimizer))
-
-
 def by_accelerate(model: Any, optimizer: Any, fresh: Any, folder: Path) -> tuple[Any, Any]:
     for one, own in ((model, optimizer), (fresh, optimizer_of(fresh))):
         accelerator = Accelerator(cpu=True)
@@ -94,8 +84,6 @@ def by_distributed_checkpoint(model: Any, optimizer: Any, fresh: Any, folder: Pa
 WAYS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "state_dict": by_state,
     "assigned state_dict": partial(by_state, assign=True),
-    "pickle": by_pickle,
-    "copy": by_copy,
     "accelerate": by_accelerate,
     "distributed checkpoint": by_distributed_checkpoint,
 }
