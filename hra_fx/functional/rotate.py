@@ -32,7 +32,8 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False) 
         dtype = working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
         chain = normalize(vectors.to(dtype))
         rows = as_rows(weight, transposed=transposed, batched=chain.dim() == 3).to(dtype)
-        rotated = rows - (rows @ chain) @ compact_wy(chain) @ chain.mT
+        subtract = torch.baddbmm if chain.dim() == 3 else torch.addmm  # without a second tensor of the size of `W`
+        rotated = subtract(rows, (rows @ chain) @ compact_wy(chain), chain.mT, alpha=-1)
         return rows_to_weight(rotated, weight, transposed=transposed)
 
 
