@@ -48,6 +48,8 @@ class TakenOver(SwapMixin):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state of this object, or of the base model, as a checkpoint of the Trainer has it."""
+        if "base_model" not in self._modules:  # the tuner
+            return super().load_state_dict(state_dict, *args, **kwargs)
         of_base = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
         own = of_base or {key.removeprefix(PREFIX): value for key, value in state_dict.items()}
         return self.get_base_model().load_state_dict(own, *args, **kwargs)

@@ -192,6 +192,8 @@ def test_its_methods_are_those_of_the_base_model(tmp_path: Path) -> None:
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(again), logits(model))
         again.save_pretrained(tmp_path / "again")
+    for one in (model, model.base_model, ours):
+        assert not any(one.load_state_dict(one.state_dict()))  # no missing and no unexpected keys
     wanted = logits(model)
     model.load_adapter(tmp_path / "again" / "other", "third")
     model.set_adapter("third")
