@@ -30,27 +30,19 @@ class ChainPart(NamedTuple):
 
     # Methods, because torch 2.10's TorchDynamo cannot trace properties of a NamedTuple.
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors that the part is computed from."""
-        return [tensor for tensor in self[:2] if tensor is not None]
-
     def form(self) -> int:
         """A number that says which tensors the part has, and how its chain is computed."""
         return _KEPT * (self.kept is not None) + _GS * self.apply_GS + self.pairs
 
     @staticmethod
-    def names(form: int) -> list[str]:
-        """The names of the tensors of a part of this form, in the order of `tensors`."""
-        return ["trained", *(["kept"] if form & _KEPT else [])]
+    def size(form: int) -> int:
+        """The number of tensors of a part of this form."""
+        return 2 if form & _KEPT else 1
 
     @staticmethod
-    def of_form(form: int, **tensors: Tensor) -> ChainPart:
+    def of_form(form: int, trained: Tensor, kept: Tensor | None = None) -> ChainPart:
         """A part of this form."""
-        return ChainPart(**tensors, apply_GS=bool(form & _GS), pairs=bool(form & _PAIRS))
-
-    def rank(self) -> int:
-        """The number of reflections."""
-        return 2 * self.trained.shape[-2] if self.pairs else self.trained.shape[-1]
+        return ChainPart(trained, kept, bool(form & _GS), bool(form & _PAIRS))
 
     def vectors(self) -> Tensor:
         """The vectors `(..., d, r)`: `U`, without its part along `V`. With Gram-Schmidt, before it."""

@@ -53,16 +53,15 @@ def _compute(tensors: list[Tensor], forms: list[int], dtype: torch.dtype) -> lis
 
 def _chains(tensors: list[Tensor], forms: list[int], stack: Callable[..., Tensor]) -> Tensor:
     """The chains of all layers, `(n, d, k)`; `stack` stacks the parameters of a part."""
-    layers = len(tensors) // sum(len(ChainPart.names(form)) for form in forms)
+    layers = len(tensors) // sum(map(ChainPart.size, forms))
     groups = iter([tensors[start : start + layers] for start in range(0, len(tensors), layers)])
     chains = []
     for form in forms:
-        trained, *constants = ChainPart.names(form)
         vectors = stack(next(groups))
         with householder.without_autocast(vectors):
             wide = vectors.to(householder.working_dtype(vectors.dtype))
-            held = {name: torch.stack(next(groups)) for name in constants}
-            chains.append(ChainPart.of_form(form, **{trained: wide}, **held).chain())
+            kept = [torch.stack(next(groups)) for _ in range(ChainPart.size(form) - 1)]
+            chains.append(ChainPart.of_form(form, wide, *kept).chain())
     return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
 

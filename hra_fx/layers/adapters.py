@@ -6,8 +6,8 @@ The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -130,8 +130,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         parts = self.places()
         if not parts:
             return None
-        self.check_data()
         tensors = [place[name] for _, held in parts for place, name in held]
+        self._check_data(tensors)
         # A checkpointed block uses the factors of a batch first, and computes its own when it runs again in the
         # backward. It must not save more tensors then, so what this computation saves is hidden from checkpoint.
         with saved_tensors_hooks(_same, _same) if is_plain_eager() else nullcontext():
@@ -168,6 +168,11 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def vectors_shape(self, r: int) -> tuple[int, ...]:
         """The shape of the vectors of an adapter of rank `r`: `(d, r)`."""
         return self.width, r
+
+    def rank(self, name: str) -> int:
+        """The number of reflections of an adapter at its current scale."""
+        scaled = self._buffers.get(name + SCALED)
+        return self.specs[name].r if scaled is None else scaled.shape[-1]
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the parameter of an adapter: that of its pairs, or of its vectors."""
@@ -292,7 +297,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Several adapters as one chain, in order; its vectors have any length. `None` if they are all the identity."""
-        chains = [self.chain(name, dtype) for name in names if self.chain_parts([name])]
+        chains = [self.chain(name, dtype) for name in names if self.scales.get(name) != 0]
         if not chains:
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
@@ -313,24 +318,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             found.append((self.part(name, held[name]).form(), [(held, name), *kept]))
         return found
 
-    def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
-        """The parts of the chain: the active adapters (or `names`) that are not the identity, in order.
-
-        They come from `_parameters`, because an fx tracer replaces attributes with proxies, which have no shape.
-        """
-        parts: list[ChainPart] = []
-        buffers: Any = self._buffers
-        for name in self.active if names is None else names:
-            if name not in self.scales:
-                held = self._parameters.get(name)  # a replica of DataParallel does not have parameters
-                held = self[name] if held is None else held
-                spec = self.specs[name]
-                # Not `part`: a call for each layer in each forward counts.
-                parts.append(ChainPart(held, buffers.get(name + KEPT), spec.apply_GS, spec.pairs))
-            elif self.scales[name]:
-                parts.append(ChainPart(buffers[name + SCALED]))
-        return parts
-
     def device_of(self, layer: nn.Module) -> torch.device:
         """The device on which the layer computes: the device of its base weight, which may be offloaded."""
         hook = offloading_hook(weight_place(layer)[0])
@@ -350,21 +337,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             "was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
         )
 
-    @property
-    def acts(self) -> bool:
-        """Whether any adapter is active with a scale other than 0."""
-        return bool(self.places())
-
-    @contextmanager
-    def inactive(self) -> Iterator[None]:
-        """Context manager in which no adapter is active, so that the layer computes the base layer."""
-        active = self.active
-        self.set_active(())
-        try:
-            yield
-        finally:
-            self.set_active(active)
-
     def rows(self, weight: Tensor) -> Tensor:
         """Reshape the weight, or a tensor of its shape, to the matrix `(out, d)` that is multiplied by `Q`."""
         return as_rows(weight, transposed=self.fan_in_fan_out)
@@ -372,21 +344,15 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def vectors_for(self, x: Tensor) -> Tensor | None:
         """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity."""
         vectors = self.joint_vectors(self.active)
-        if not x.is_meta:
-            self.check_data()
+        if vectors is not None and not x.is_meta:
+            self._check_data([vectors])
         return vectors
 
-    def check_data(self) -> None:
-        """Raise an error if vectors of active adapters are on the meta device, without data."""
-        empty = [
-            name
-            for name in self.active
-            if any(tensor.is_meta for part in self.chain_parts([name]) for tensor in part.tensors())
-        ]
-        if empty:
+    def _check_data(self, tensors: Iterable[Tensor]) -> None:
+        if any(tensor.is_meta for tensor in tensors):
             raise AdapterError(
-                f"{self.layer_path}: the vectors of {', '.join(empty)} are on the meta device, without data. Call "
-                "hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
+                f"{self.layer_path}: the vectors of {', '.join(self.active)} are on the meta device, without data. "
+                "Call hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
             )
 
     def extra_repr(self) -> str:

@@ -6,14 +6,14 @@ they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import has_own_hooks, loaded_class
+from hra_fx.compat import loaded_class
 
 T = TypeVar("T")
 #: Why a layer cannot be adapted after its weight was split, or split after it was adapted; without the final period.
@@ -64,33 +64,6 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     for module in modules if group else ():
         if isinstance(module, group):
             module.reshard()
-
-
-def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
-    """Gather the parameters of modules in separate `fully_shard` groups, until the end of the backward.
-
-    Call this in the forward of the root, which initializes FSDP2. If no module of a group is called, the gradients of
-    the group are reduced at the end of the backward pass, so all of them can come from one computation. The result is
-    whether all modules are in such groups. Otherwise, nothing is gathered.
-    """
-    if not all(isinstance(module, loaded_class(_FSDP, "FSDPModule")) for module in (root, *modules)):
-        return False
-    for group in modules:
-        group.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
-        group.unshard()  # type: ignore[operator]
-    return True
-
-
-def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module, without hooks if it is an FSDP2 group that `gather_groups` has gathered.
-
-    The hooks would reduce the gradients of the group as soon as the gradient of an input is complete. The gradients of
-    a computation that layers share are complete only later.
-    """
-    hooked = has_own_hooks(module) and sharded_by(module) == "fully_shard"
-    if hooked and not any(map(is_dtensor, module._parameters.values())):
-        return module.forward(*args, **kwargs)
-    return module(*args, **kwargs)
 
 
 def device_of_values(device: torch.device) -> torch.device:

@@ -112,7 +112,7 @@ def read_weight(layer: nn.Module) -> Any:
     if torch.compiler.is_compiling() or compat.is_fx_tracing():
         return adapters(weight=base)
     is_running = RUNNING.run is not None or compat.is_in_backward()  # a checkpointed block runs again in the backward
-    if not is_running or _must_be_parameter(layer, base) or not adapters.acts:
+    if not is_running or _must_be_parameter(layer, base) or not adapters.places():
         return base
     if adapters.reflects_input:
         adapters.is_read = True

@@ -79,10 +79,10 @@ def _adds_change(layer: AdaptedLayer) -> bool:
     change = torch.randn(weight.shape, generator=generator).to(weight)
     x = torch.randn(1, probe.hra_u.width, generator=generator).to(weight)
     try:
-        with probe.hra_u.inactive():
-            before = probe(x)
-            probe._parameters[probe.hra_u.weight_name] = nn.Parameter(weight + change)
-            actual = probe(x) - before
+        probe.hra_u.set_active(())
+        before = probe(x)
+        probe._parameters[probe.hra_u.weight_name] = nn.Parameter(weight + change)
+        actual = probe(x) - before
         expected = x @ (change if probe.hra_u.fan_in_fan_out else change.mT)
     except Exception:  # the user's forward may raise any error
         return False

@@ -10,13 +10,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from canaries.canary import canary
 from layers.checking import pair, run_dense, vectors_of
 from layers.reading_weights import assert_gradients
 from one_layer import BF16, F32, F64, normal
 from oracles import relative_error
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_fx
+from hra_fx import compat
 
 X = normal(1, 4, 12)
 
@@ -152,18 +155,56 @@ def test_a_layer_in_a_wider_dtype_than_its_batch() -> None:
     assert relative_error(found, model(X.float())) < 1e-6
 
 
-# ---- `generate` computes the factors of a model once, and its forwards use them ----
+@pytest.mark.parametrize("grad", [False, True])
+def test_vectors_that_change_in_a_forward_count_from_then_on(grad: bool) -> None:
+    """As in test-time training, where a forward calls layers, makes a step of an optimizer, and calls layers again."""
+    base, model = adapted()
+    names = ("two", "three")
+
+    def change(*_: object) -> None:
+        with torch.no_grad():
+            model.two.hra_u["default"].copy_(normal(61, *model.two.hra_u["default"].shape))
+            model.three.load_state_dict({**model.three.state_dict(), "hra_u.default": normal(62, 7, 3)})
+
+    handle = model.one.register_forward_hook(change)
+    with torch.set_grad_enabled(grad):
+        found = model(X)
+    handle.remove()
+    if grad:
+        found.sum().backward()
+    wanted = run_dense(base, model, X)
+    assert relative_error(found, wanted) < 1e-12
+    if grad:
+        vectors = [vectors_of(model)[name] for name in names]
+        gradients = torch.autograd.grad(wanted.sum(), vectors)
+        assert all(relative_error(own.grad, right) < 1e-9 for own, right in zip(vectors, gradients, strict=True))
+
+
+# ---- forwards with one cache are steps of a generation, and use the factors of the first one ----
 
 
 class Generator(Net):
     """Calls itself several times, as language models do."""
 
+    def forward(self, x: Tensor, past_key_values: object = None) -> Tensor:
+        return super().forward(x)
+
     def generate(self, x: Tensor, between: Callable[[Any], object] = lambda model: None) -> list[Tensor]:
-        found = []
+        found, cache = [], nn.Identity()  # any object
         for _ in range(3):
-            found.append(self(x))
+            found.append(self(x, past_key_values=cache))
             between(self)
         return found
+
+
+@canary("transformers", "the name of the cache", reader="hra_fx/compat.py", breaks="factors once in `generate`")
+def test_generate_passes_one_cache() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8))
+    found: list[Any] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: found.append(compat.cache_in(kwargs)), with_kwargs=True)
+    model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    assert len(found) == 4 and found[0] is not None and all(cache is found[0] for cache in found)
 
 
 def test_generate_with_gradients_trains() -> None:
