@@ -40,6 +40,8 @@ def main() -> None:
             hra_fx.visualize(model, Path(folder, name))
     torch.testing.assert_close(other(images), adapted)
     torch.testing.assert_close(hra_fx.fold(model)(images), adapted, rtol=1e-4, atol=1e-5)
+    graph = hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=["0"]), trace=True)
+    assert "hra_u" in graph.code and "hra_u" not in hra_fx.fold(graph).code
     print(f"hra_fx {hra_fx.__version__} works in {place}")
 
 

@@ -47,7 +47,8 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     ALL[method].insert(model, task, rank(layer_shapes(model, task.targets), task.lora_rank))
     if method in ("dora", "oft", "boft", "psoft", "miss", "hra", "hra-peft"):
         assert abs(count(model) - 1024) <= 0.13 * 1024
-    torch.testing.assert_close(model(inputs), base(inputs), atol=1e-5, rtol=1e-5)
+    if method != "hra-gs":  # starts at random, as in PEFT
+        torch.testing.assert_close(model(inputs), base(inputs), atol=1e-5, rtol=1e-5)
     fit(model, nn.Module(), task, ALL[method], 1e-2)
     moved = not torch.allclose(model(inputs), base(inputs), atol=1e-4)
     assert moved is (method not in ("base", "head")), "the task has no head"

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from adapting import config, randomise
-from layers import reading_weights
 from layers.cases import Doubling
 from layers.checking import assert_same, check, normal, pair, run_dense, vectors_of
 from layers.reading_weights import (
@@ -141,9 +140,6 @@ def test_methods_and_parts_that_are_called_alone() -> None:
     assert_same(2 * model.features(X), whole)
     folded = hra_fx.fold(copy.deepcopy(model))
     assert_same(model.blocks[1](X), folded.blocks[1](X))
-    for use in (*UNKNOWN.values(), lambda self, x: super(type(self), self).attend(x)):
-        base, model = pair(lambda use=use: nn.ModuleDict({"part": asking(use)}), ["fc"])  # type: ignore[misc]
-        assert_same(model["part"](X), F.linear(X, dense(base["part"].fc, model["part"].fc)))
 
 
 def test_a_replica_of_data_parallel_has_its_tensors_as_plain_attributes() -> None:
@@ -201,24 +197,18 @@ def asking(use: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     return Asking()
 
 
-def by_a_variable(self: Any, x: Tensor) -> Tensor:
-    layer = self.fc
-    return F.linear(x, layer.weight)
+OTHER_NAMES: list[Callable[[Any, Tensor], Tensor]] = [
+    lambda self, x: read_by_a_function(self.fc, x),
+    lambda self, x: F.linear(x, getattr(self.fc, "weight")),  # noqa: B009
+    lambda self, x: super(type(self), self).attend(x),
+]
 
 
-UNKNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "a variable": by_a_variable,
-    "a function": lambda self, x: read_by_a_function(self.fc, x),
-    "a function of a module": lambda self, x: reading_weights.read_by_a_function(self.fc, x),
-    "getattr": lambda self, x: F.linear(x, getattr(self.fc, "weight")),  # noqa: B009
-    "a loop": lambda self, x: sum(F.linear(x, layer.weight) for layer in self.children()),  # type: ignore[return-value]
-}
-
-
-@pytest.mark.parametrize("use", UNKNOWN.values(), ids=UNKNOWN)
-def test_a_weight_whose_values_may_be_read_by_another_name(use: Callable[[Any, Tensor], Tensor]) -> None:
-    base, model = pair(lambda: asking(use), ["fc"])
-    assert_gradients(model(X), F.linear(X, dense(base.fc, model.fc)), [model.fc.hra_u["default"]])
+@pytest.mark.parametrize("use", OTHER_NAMES, ids=["a function", "getattr", "a method of the parent class"])
+def test_a_weight_whose_values_are_read_by_another_name(use: Callable[[Any, Tensor], Tensor]) -> None:
+    base, model = pair(lambda: nn.Sequential(asking(use)), ["fc"])
+    for run in (model, model[0]):  # the model, and a part that is called alone
+        assert_gradients(run(X), F.linear(X, dense(base[0].fc, model[0].fc)), [model[0].fc.hra_u["default"]])
 
 
 class Masking(nn.Linear):

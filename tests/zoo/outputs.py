@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 #: Allowed difference, relative to the largest value of a tensor, where nothing is known of the model's own noise.
 TIGHT = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -30,13 +31,7 @@ def seed(value: int) -> None:
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """Inputs with their floating-point tensors in `dtype`."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: cast(item, dtype) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(cast(item, dtype) for item in value)
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
 
 
 def flat(value: Any) -> dict[str, Tensor]:
