@@ -57,7 +57,7 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
         )
     for name in names:
         if not any(matches_parameter([name], known) for known in stacked):
-            hint = suggestion([name], list(stacked), takes_str=False)
+            hint = suggestion([name], list(stacked))
             return f"`target_parameters`: {name!r} matches no 3-D parameter. {hint} Layers go into `target_modules`."
     for known, owner in stacked.items():
         if matches_parameter(names, known) and is_transposed(owner) is None:

@@ -134,8 +134,7 @@ def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
     ['classifier']
     """
     heads = _TASK_HEADS.get(config.task_type or "", ())
-    found = saved_modules(model, dataclasses.replace(config, modules_to_save=heads)) if heads else {}
-    present = [name for name in heads if any(path.endswith(name) for path in found)]
+    present = _present(model, heads)
     if not present:
         return config
     # PEFT writes all possible names of a head, so names that this model does not have are not an error.
@@ -145,9 +144,13 @@ def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
 
 def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
     """Return `config` without entries of `modules_to_save` that do not match any module (see `with_head`)."""
-    found = saved_modules(model, config)
-    names = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in found)]
-    return dataclasses.replace(config, modules_to_save=names or None)
+    return dataclasses.replace(config, modules_to_save=_present(model, config.modules_to_save or ()) or None)
+
+
+def _present(model: nn.Module, names: Collection[str]) -> list[str]:
+    """The names that some path ends with."""
+    paths = list(_own(walk(model))) if names else []
+    return [name for name in names if any(path.endswith(name) for path in paths)]
 
 
 # ---- matching rules ----
@@ -270,7 +273,7 @@ def _check_saved(config: HRAConfig, chosen: Modules, modules: Modules) -> None:
     saved = _saved(config, modules)
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in saved):
-            hint = suggestion([name], list(modules), takes_str=False)
+            hint = suggestion([name], list(modules))
             raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {hint}")
     for path, layer in chosen.items():
         if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):

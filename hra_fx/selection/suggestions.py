@@ -15,11 +15,8 @@ def suffixes(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: bool = True) -> str:
-    """Return a sentence that helps to correct `names`, which do not match any of `paths`.
-
-    `takes_str` says whether the field can be a str, which is a regex.
-    """
+def suggestion(names: Collection[str] | str, paths: list[str]) -> str:
+    """Return a sentence that helps to correct `names`, which do not match any of `paths`."""
     known = {suffix for path in paths for suffix in suffixes(path)}
     if isinstance(names, str):
         if names in known:
@@ -27,8 +24,7 @@ def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: boo
         if inside := next((path for path in paths if re.search(names, path)), None):
             return f"A str must match the full path as a regex, but this one matches only a part of {inside!r}."
     elif regex := next((name for name in sorted(names) if any(_is_regex_for(name, path) for path in paths)), None):
-        fix = f"Use the str {regex!r} instead of the list." if takes_str else "Use the end of a path."
-        return f"In a list, {regex!r} is a name and not a regex. {fix}"
+        return f"In a list, {regex!r} is a name and not a regex. Use the end of a path, or the str in `target_modules`."
     near: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else sorted(names)[:_SHOWN]:
         alike = [suffix for suffix in known if suffix.count(".") == name.count(".")]

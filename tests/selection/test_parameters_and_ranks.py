@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"target_parameters": [".*gate_up_proj"]},
-        r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path\.",
+        r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path, or",
     ),
     (
         {"modules_to_save": ["experts"]},

@@ -45,7 +45,7 @@ MESSAGES: list[Case] = [
     (
         tiny_bert,
         {"target_modules": [".*query"]},
-        "In a list, '.*query' is a name and not a regex. Use the str",
+        "In a list, '.*query' is a name and not a regex. Use the end of a path, or the str in",
     ),
     (
         tiny_bert,
