@@ -94,9 +94,6 @@ def test_fields_that_do_not_fit_the_model_are_refused(fields: dict[str, Any], me
     kind = UnsupportedLayerError if "r" in fields else hra_fx.SelectionError
     with pytest.raises(kind, match=message):
         hra_fx.transform(built("qwen3_moe"), experts_config(**fields))
-
-
-def test_a_model_without_such_parameters() -> None:
     with pytest.raises(hra_fx.SelectionError, match=r"Sequential has no 3-D parameters. List its layers"):
         hra_fx.transform(nn.Sequential(nn.Linear(2, 2)), experts_config())
 
@@ -155,15 +152,3 @@ def test_the_order_is_kept_in_the_file_and_an_empty_pattern_is_not_written(tmp_p
     assert "rank_pattern" not in json.loads(hra_fx.HRAConfig().to_json_string())
     with pytest.warns(UserWarning, match=r"\['rank_pattern'\]"):
         peft.HRAConfig.from_pretrained(str(tmp_path))
-
-
-def test_the_rank_of_experts_is_matched_with_the_name_of_their_parameter() -> None:
-    model = built("mixtral")
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    pattern = {"experts.down_proj": 2}
-    hra_fx.transform(
-        model, hra_fx.HRAConfig(r=4, rank_pattern=pattern, target_modules=["q_proj"], target_parameters=names)
-    )
-    vectors = {name: tuple(value.shape) for name, value in model.named_parameters() if ".hra_u." in name}
-    assert {2 * shape[-2] for name, shape in vectors.items() if "down_proj" in name} == {2}
-    assert {2 * shape[-2] for name, shape in vectors.items() if "down_proj" not in name} == {4}
