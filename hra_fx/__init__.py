@@ -54,9 +54,9 @@ if TYPE_CHECKING:
         convert_to_lora as convert_to_lora,
         save_as_lora as save_as_lora,
     )
-    from hra_fx.model.inject import delete_adapter as delete_adapter
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
+    from hra_fx.model.remove import delete_adapter as delete_adapter
     from hra_fx.model.reset import reset_adapters as reset_adapters
     from hra_fx.model.setup import add_adapter as add_adapter
     from hra_fx.model.switch import (
@@ -95,7 +95,7 @@ _NAMES = {
     "integrations.push": ("push_to_hub",),
     "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
-    "model.inject": ("delete_adapter",),
+    "model.remove": ("delete_adapter",),
     "model.merge": ("merge_adapter", "unmerge_adapter"),
     "model.orthogonality": ("orthogonality_loss",),
     "model.reset": ("reset_adapters",),

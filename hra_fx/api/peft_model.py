@@ -23,8 +23,8 @@ from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, switch, trainable
-from hra_fx.model.inject import delete_adapter, remove_adapters
 from hra_fx.model.merge import merge_adapter
+from hra_fx.model.remove import delete_adapter, remove_adapters
 from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import AdapterState, collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import check_scale, disable_adapters, set_scale

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.class_swap import original_class, swap, unswap
 from hra_fx.layers.conv import AdaptedConv, ConvAdapters
-from hra_fx.layers.experts import ExpertsAdapters
+from hra_fx.layers.experts import ExpertsAdapters, attach, detach
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.linear import AdaptedLinear, LinearAdapters
 from hra_fx.layers.quantized import quant_scheme_of
@@ -54,3 +55,26 @@ def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:
     if isinstance(adapters, ConvAdapters):
         return AdaptedConv
     return AdaptedLinear if isinstance(adapters, LinearAdapters) else AdaptedLayer
+
+
+def adapt_layer(path: str, layer: nn.Module) -> None:
+    """Make a layer an adapted layer without adapters."""
+    adapters = adapters_for(layer)
+    adapters.layer_path = path
+    adapters.train(layer.training)
+    layer.add_module(REFLECTION, adapters)
+    try:
+        swap(layer, layer_class_for(layer))
+        if isinstance(layer, ExpertsWeight):
+            attach(layer)
+    except UnsupportedLayerError as error:
+        del layer._modules[REFLECTION]
+        raise UnsupportedLayerError(f"{path}: {error}") from error
+
+
+def make_plain(layer: nn.Module) -> None:
+    """Undo `adapt_layer`."""
+    unswap(layer, layer_class_for(layer))
+    del layer._modules[REFLECTION]
+    if isinstance(layer, ExpertsWeight):
+        detach(layer)

@@ -8,19 +8,20 @@ optimizers, loaders, and code that moves or ties weights need the parameter.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from hra_fx import compat
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import loaded, offloading_hook
+from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.class_swap import SwapMixin, mixins_of, original_class, swap
 from hra_fx.layers.peft_layers import is_peft_layer
 from hra_fx.layers.quantized import quant_scheme_of
-from hra_fx.layers.readers import reads_weights
+from hra_fx.layers.readers import needs_parameters, reads_weights, writes_data
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION, weight_place
@@ -145,9 +146,25 @@ class ReadsWeights(SwapMixin):
         return {"forward": running(base.forward)}
 
 
-def mark_readers(owners: Iterable[nn.Module]) -> None:
-    """Swap the classes of the modules that read weights of other modules in their code."""
+def mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
+    """Mark the modules that use weights of adapted layers in their code."""
+    new = set(layers.values())
+    # All paths of the new layers, also of shared ones, with the names that checkpoint wrappers insert; and of experts.
+    places = {path: module for path, module in modules.items() if module in new} | dict(layers)
+    around = {".".join(path.split(".")[:depth]) for path in places for depth in range(path.count(".") + 1)}
+    owners = [modules[path] for path in sorted({"", *around}) if path in modules]
+    for path, layer in places.items():
+        adapters: Any = layer._modules[REFLECTION]
+        for part in (layer, modules.get(path.rpartition(".")[0], layer)):
+            if writes_data(original_class(part)) and not (part is layer and adapters.reflects_input):
+                raise UnsupportedLayerError(
+                    f"{path}: the forward of {type(part).__name__} uses the `data` of a weight. The weight is W Q "
+                    "while the model runs, so a change would be lost. Leave the layer out with exclude_modules."
+                )
     for owner in owners:
+        if needs_parameters(original_class(owner)):
+            for adapters in filter(None, map(get_adapters, owner.modules())):
+                adapters.needs_parameter = True
         # fx creates a class for each graph.
         if isinstance(owner, fx.GraphModule) or REFLECTION in owner._modules or ReadsWeights in mixins_of(owner):
             continue

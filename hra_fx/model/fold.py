@@ -12,8 +12,8 @@ from torch import nn
 
 from hra_fx.errors import FoldError, HRAWarning
 from hra_fx.layers.trained_copies import all_copies, copies_of
-from hra_fx.model.inject import remove_adapters
 from hra_fx.model.merge import check_layers, first_in_product, folded_weight, unmerge_adapter
+from hra_fx.model.remove import remove_adapters
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, root_of
 from hra_fx.model.tied import TIE_SETTING, settings_to_turn_off
 from hra_fx.model.trainable import sync_layers

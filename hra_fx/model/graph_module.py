@@ -11,7 +11,6 @@ not changed, because fx creates a separate class for each copy.
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -45,14 +44,19 @@ class BatchedFactors(nn.Module):
         return batch_of(self).start(lambda: self.state.layers)
 
 
-def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:
+def rewrite(module: fx.GraphModule) -> None:
     """Insert the reflections of all adapted layers into the graph, instead of the ones that it has."""
-    undo.callback(setattr, module, "graph", module.graph)
-    graph = copy.deepcopy(module.graph)
+    before, is_new = module.graph, FACTORS not in module._modules
+    graph = copy.deepcopy(before)
     vars(module)["_tracer_cls"] = graph._tracer_cls = UnpicklingTracer
-    module.graph = graph
-    erase(module)
-    if FACTORS not in module._modules:
-        module.add_module(FACTORS, BatchedFactors())
-        undo.callback(module._modules.pop, FACTORS, None)
-    insert(module, match(module))
+    try:
+        module.graph = graph
+        erase(module)
+        if is_new:
+            module.add_module(FACTORS, BatchedFactors())
+        insert(module, match(module))
+    except BaseException:
+        module.graph = before
+        if is_new:
+            module._modules.pop(FACTORS, None)
+        raise

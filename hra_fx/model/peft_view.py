@@ -16,7 +16,7 @@ from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_layer
 from hra_fx.layers.target import width_of
 from hra_fx.layers.trained_copies import own_tensors
-from hra_fx.model.inject import remove_adapters
+from hra_fx.model.remove import remove_adapters
 from hra_fx.model.root import AdaptedModel
 from hra_fx.model.setup import checked, put_adapter
 from hra_fx.model.state import collect_parts, get_state, unwrap

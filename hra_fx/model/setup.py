@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +16,8 @@ from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.containers import check_adapter_name
 from hra_fx.model.graph_module import rewrite
-from hra_fx.model.inject import AdapterFactory, inject_adapter, random_init, removed_on_error
+from hra_fx.model.inject import AdapterFactory, inject_adapter, random_init
+from hra_fx.model.remove import removed_on_error
 from hra_fx.model.root import swap_body
 from hra_fx.model.state import (
     AdapterState,
@@ -68,9 +68,7 @@ def put_adapter(
         inject_adapter(modules, layers, fill)
         make_copies(name, wanted, copies)
         if is_new and isinstance(model, fx.GraphModule):
-            with ExitStack() as undo:
-                rewrite(model, undo)
-                undo.pop_all()
+            rewrite(model)
         if known is None:
             attach_state(model, state)
             if root_class is not None and not isinstance(model, fx.GraphModule):
