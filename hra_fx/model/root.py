@@ -139,8 +139,9 @@ class AdaptedBody(SwapMixin):
         return {"forward": forward}
 
 
-def swap_body(model: nn.Module) -> None:
-    """Swap the class of the body of a model, if it has one."""
+def swap_root(model: nn.Module, root_class: type[SwapMixin]) -> None:
+    """Swap the class of a model, and that of its body, if it has one."""
+    swap(model, root_class)
     body = getattr(model, "base_model", None)
     if isinstance(body, nn.Module) and body is not model:
         swap(body, AdaptedBody)

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import loaded_class, state_paths
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.layers.class_swap import SwapMixin, swap
+from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.containers import check_adapter_name
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.inject import AdapterFactory, inject_adapter, random_init
 from hra_fx.model.remove import removed_on_error
-from hra_fx.model.root import swap_body
+from hra_fx.model.root import swap_root
 from hra_fx.model.state import (
     AdapterState,
     attach_state,
@@ -72,8 +72,7 @@ def put_adapter(
         if known is None:
             attach_state(model, state)
             if root_class is not None and not isinstance(model, fx.GraphModule):
-                swap(model, root_class)
-                swap_body(model)
+                swap_root(model, root_class)
             activate(collect_parts(model), state, (name,), trainable=not config.inference_mode)
         else:
             parts = collect_parts(model)
