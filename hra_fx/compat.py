@@ -99,6 +99,12 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def custom_functions(nodes: Iterable[Any]) -> set[type[Any]]:
+    """The custom autograd functions of the nodes of a backward graph."""
+    kind: Any = torch.autograd.function.BackwardCFunction
+    return {node._forward_cls for node in nodes if isinstance(node, kind)}
+
+
 def export_forward_backward() -> Callable[..., Any]:
     """torch's function that adds the backward pass to an exported program; experimental, and slow to import."""
     return importlib.import_module("torch.export.experimental")._export_forward_backward  # type: ignore[no-any-return]

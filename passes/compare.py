@@ -3,7 +3,7 @@
     compare(model, graph, call)
 
 torch.fx and torch.export drop what they cannot record, often without an error. So every graph of a model that this
-process can run is compared, if there is an example call. Both copies are adapted first, with random vectors.
+process can run is compared, if there is an example call: with random adapters for the example, and without them.
 
 The calls, in each mode: the example with gradients; other values under `no_grad`; other parameters; parts in the other
 mode; autocast and inference mode; other masks, kinds, dtypes and strides of inputs; other sizes. Equal must be: the
@@ -33,6 +33,7 @@ from hra_fx.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.layers.readers import needs_parameters
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION
+from hra_fx.passes.modes import ByMode
 from hra_fx.passes.observed import attributes, difference, is_near, is_of_adapter, is_same, observe, shown
 from hra_fx.passes.other_calls import (
     Sizes,
@@ -87,12 +88,19 @@ def compare(
     if _cannot_run(model):
         return Limits()
     flags = {value: value.requires_grad for value in model.parameters()}
+
+    def at_best_level(run: Callable[[str], Limits]) -> Limits:
+        for level in _LEVELS[:-1]:
+            with suppress(_NoGradientError):
+                return run(level)
+        return run("")
+
     try:
         with preserve_rng_state(), torch.inference_mode(False):
-            for level in _LEVELS[:-1]:
-                with suppress(_NoGradientError):
-                    return _Comparison(model, made, level, attach).run(call, sizes)
-            return _Comparison(model, made, "", attach).run(call, sizes)
+            limits = at_best_level(lambda level: _Comparison(model, made, level, None).run(call, sizes))
+            if attach is not None:
+                at_best_level(lambda level: _Comparison(model, made, level, attach).run_adapted(call))
+            return limits
     finally:
         for value, flag in flags.items():
             value.requires_grad_(flag)
@@ -194,7 +202,7 @@ class _Comparison:
             self._compare(call, "the example with other parameters")
             buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
             if mode is False:
-                self._compare_in_contexts(call, sizes)
+                self._compare_under_autocast(call, sizes)
             for kind, step in self._variants(call, other, sizes, is_eval=mode is False):
                 try:
                     step()
@@ -212,6 +220,15 @@ class _Comparison:
         # Sizes that must be equal are 1 together.
         unseen = [ones for ones in self._one if not any(ones <= others for others in ran)]
         self._limits.not_one += unseen if sizes is not None else []
+        return self._limits
+
+    def run_adapted(self, call: Call) -> Limits:
+        """Compare in eval mode, where rounding stays small; with all gradients, and with those that are trained."""
+        self._set_mode(False)
+        self._compare(call, "the example with adapters", grad=True)
+        for value, flag in self._flags.items():
+            value.requires_grad_(flag)
+        self._compare(call, "the example with frozen parameters", grad=True, may_fail=True)
         return self._limits
 
     def run_once(self, call: Call) -> None:
@@ -271,9 +288,13 @@ class _Comparison:
                 yield partial(limits.contiguous.add, index), partial(run, variant, "an input of other strides")
         for variant in of_other_sizes(other, equal_sizes(call) if sizes is None else sizes) if is_eval else ():
             yield None, partial(run, variant, "an input of another size")
-            yield partial(setattr, limits, "in_mixed_modes", False), partial(self._compare_mixed_modes, call)
+            if any(isinstance(part, ByMode) for part in self._made.modules()):  # otherwise, no node depends on the mode
+                yield partial(setattr, limits, "in_mixed_modes", False), partial(self._compare_mixed_modes, call)
+        seen = set[frozenset[int]]()
         for ones, tries in of_size_one(other, equal_sizes(call) if sizes is None else sizes):
-            if not any(known <= ones for known in limits.not_one):
+            is_new = ones not in seen
+            seen.add(ones)
+            if (is_eval or is_new) and not any(known <= ones for known in limits.not_one):
                 yield (
                     partial(limits.not_one.append, ones),
                     partial(self._compare_first, ones, tries, errors=sizes is not None),
@@ -302,15 +323,7 @@ class _Comparison:
                 for path, mode in modes.items():
                     found[path].training = mode
 
-    def _compare_in_contexts(self, call: Call, sizes: Sizes | None) -> None:
-        """Compare with the parameters that an adapted model trains, and under autocast."""
-        levels = {value: value.requires_grad for value in self._flags}
-        for value, flag in self._flags.items():
-            value.requires_grad_(flag)
-        if levels:
-            self._compare(call, "the example with frozen parameters", grad=True, may_fail=True)
-        for value, flag in levels.items():
-            value.requires_grad_(flag)
+    def _compare_under_autocast(self, call: Call, sizes: Sizes | None) -> None:
         self._limits.under_autocast = self._is_same_under_autocast(call)
         if not self._limits.under_autocast and sizes is None:
             raise CaptureError(f"{self._mode}its graph differs under autocast")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import pytree
+from hra_fx.compat import custom_functions, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, clone_inputs
 from hra_fx.layers.target import ADAPTER_CHILDREN, FACTORS
@@ -148,8 +148,8 @@ def _custom_functions(outputs: Iterable[Tensor]) -> set[str]:
         if node is not None and node not in seen:
             seen.add(node)
             todo += [parent for parent, _ in node.next_functions]
-    custom = (type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction))
-    return {cls.__name__.removesuffix("Backward") for cls in custom}
+    # Adapters in eager mode have functions that those in a graph do not have.
+    return {cls.__name__ for cls in custom_functions(seen) if not cls.__module__.startswith("hra_fx.")}
 
 
 def random_states() -> list[Any]:

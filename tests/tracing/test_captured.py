@@ -165,11 +165,13 @@ def test_parts_of_a_graph_have_modes_of_their_own() -> None:
 def test_an_example_is_made_from_the_configuration_and_sizes_that_do_not_fit_are_named() -> None:
     model = llama().eval()
     plain = copy.deepcopy(model)
-    graph = hra_fx.transform(model, config("q_proj"), trace=True)
+    graph = hra_fx.transform(model, config("q_proj", r=2), trace=True)
     inputs = tokens(3, 9)
     torch.testing.assert_close(graph(**inputs).logits, plain(**inputs).logits)
     shapes = {name: {0: Dim("batch")} for name in ("input_ids", "attention_mask")}
-    fixed = hra_fx.transform(plain, config("q_proj"), trace=True, example_inputs=tokens(2, 5), dynamic_shapes=shapes)
+    fixed = hra_fx.transform(
+        plain, config("q_proj", r=2), trace=True, example_inputs=tokens(2, 5), dynamic_shapes=shapes
+    )
     assert fixed(**tokens(3, 5)).logits.shape == (3, 5, 16)
     for copied in COPIES:
         message = r"captured for inputs with `input_ids\.size\(\)\[1\] == 5`.*pass them as `example_inputs`"
