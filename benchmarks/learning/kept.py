@@ -134,11 +134,10 @@ def others_table(records: Sequence[Record]) -> str:
 
 
 def cells(records: Sequence[Record], row: Row, task: str = TASK, over: tuple[Row, str] = (PLAIN, TASK)) -> list[str]:
-    """The cells of `HEADS`; `over` is what the new posts are compared with. The time is over LoRA's, in all layers."""
+    """The cells of `HEADS`; `over` is what the new posts are compared with."""
     runs, others = row.runs(records, task), over[0].runs(records, over[1])
     more = difference({run.seed: value(run) for run in runs}, {run.seed: value(run) for run in others})
-    lora = {run.seed: run.seconds for run in Row("lora").runs(records, task if task in OTHERS else TASK)}
-    times = [run.seconds / lora[run.seed] for run in runs if run.seed in lora and run.seconds]
+    time = step_time(records, runs)
     same = (row.method, task) == (over[0].method, over[1])
     return [
         f"{runs[0].lr:g}" if runs[0].lr else "-",
@@ -147,8 +146,16 @@ def cells(records: Sequence[Record], row: Row, task: str = TASK, over: tuple[Row
         "-" if same or math.isnan(more.mean) or not runs[0].lr else interval(more),
         *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
         f"{100 * statistics.fmean(map(moved, runs)):.1f}%",
-        number(statistics.fmean(times)) if times else "-",
+        number(time) if time else "-",
     ]
+
+
+def step_time(records: Sequence[Record], runs: Sequence[Record]) -> float:
+    """The mean time of a step over that of LoRA in all layers with the same seed; 0 if nothing was trained."""
+    task = runs[0].task if runs[0].task in OTHERS else TASK
+    lora = {run.seed: run.seconds for run in Row("lora").runs(records, task)}
+    times = [run.seconds / lora[run.seed] for run in runs if run.seed in lora]
+    return statistics.fmean(times) if times else 0.0
 
 
 def guide_table(records: Sequence[Record]) -> str:

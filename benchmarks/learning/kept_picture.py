@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from learning.kept import FACTS, ROWS, TALES, TWEETS, Row
+from learning.kept import FACTS, ROWS, TALES, TWEETS, Row, step_time
 from learning.records import Record
 from learning.summary import half_interval, value
 from learning.table import label
@@ -18,7 +18,7 @@ PANELS: dict[str, Callable[[Record], float]] = {
     "tweets, perplexity": lambda run: run.retention[TWEETS],
     "facts that are lost, %": lambda run: 100 - run.retention[FACTS],
 }
-PANEL, GAP, TOP, BOTTOM, LEGEND, RADIUS = 230, 46, 34, 44, 270, 7.5
+PANEL, GAP, TOP, BOTTOM, LEGEND, RADIUS = 230, 46, 34, 44, 300, 7.5
 #: The right end of the axis of the new posts, relative to the left one. Points beyond it are at the edge.
 WIDEST = 1.2
 HEIGHT = TOP + PANEL + BOTTOM
@@ -59,6 +59,7 @@ def kept_picture(records: Sequence[Record], colors: dict[str, str]) -> str:
         for point in reversed(points):  # the first ones are on top
             parts += marked(point, point.y[place], left, xs, ys, colors)
     left = GAP + len(PANELS) * (PANEL + GAP)
+    parts.append(text(left - 6, TOP - 14, "time of a step, LoRA = 1", colors["text"], 10.5, "start"))
     for place, point in enumerate(points):
         y = TOP + 6 + place * (PANEL + BOTTOM - 20) / max(len(points) - 1, 1)
         parts += dot(point, left - 20, y, colors)
@@ -76,7 +77,8 @@ def points_of(records: Sequence[Record]) -> list[Point]:
         if row.in_picture and runs and row.method != "base":
             values = [spread([value(run) for run in runs])]
             values += [spread([of(run) for run in runs]) for of in PANELS.values()]
-            points.append(Point(len(points) + 1, name_of(row), family(row), values[0], tuple(values[1:])))
+            name = f"{name_of(row)}, {step_time(records, runs):.1f}×"
+            points.append(Point(len(points) + 1, name, family(row), values[0], tuple(values[1:])))
     return points
 
 
