@@ -62,6 +62,7 @@ def checked(name: str, timeout: float) -> Result:
     try:
         if receiver.poll(timeout):
             found = receiver.recv()
+            process.join(10)  # it ends by itself, and cleans up
     except EOFError:
         process.join()
         found.checks["transform"] = f"the process ended with {process.exitcode}"
