@@ -13,12 +13,6 @@ from typing import Any
 
 from torch import nn
 
-#: The reason why a module cannot contain adapters if its hook also offloads its children; without the final period.
-WHOLE = (
-    "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was offloaded. "
-    "Leave out preload_module_classes, or call accelerate.hooks.remove_hook_from_submodules(model) first"
-)
-
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has a hook of accelerate."""

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from hra_fx.compat import is_compiled_module, is_split_by_transformers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
-from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
+from hra_fx.layers.accelerate_hooks import has_class_forward, is_hooked, offloading_hook
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_weight import ExpertsWeight
@@ -88,7 +88,11 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
             "accelerate.hooks.remove_hook_from_submodules(model) first, and dispatch the model again afterwards"
         )
     if (hook := offloading_hook(module)) is not None and hook.place_submodules:
-        return WHOLE
+        return (
+            "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was "
+            "offloaded. Leave out preload_module_classes, or call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
     if tool := sharded_by(module):
         return f"{tool} has already sharded it and ignores parameters that are added later. Adapt the model first"
     if isinstance(module, nn.parallel.DistributedDataParallel):
