@@ -50,7 +50,7 @@ class AdaptedModel(SwapMixin):
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             _refuse_adapter_names(kwargs)
             if is_compiling():
-                with traced_batch(_acting_layers(self)):
+                with traced_batch(() if _has_no_batch(self) else _acting_layers(self)):
                     return base.forward(self, *args, **kwargs)
             return during(_start(self, kwargs), base.forward, self, *args, **kwargs)
 
@@ -88,14 +88,19 @@ def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
 
 
 def _start(model: nn.Module, kwargs: dict[str, Any]) -> Run:
-    """Start a run of a model, or of its body, with the factors of its layers.
-
-    A replica of DataParallel has no parameters, and FSDP would reduce the gradients of a block before the batch has
-    its gradients. Then each layer computes its own factors.
-    """
-    if is_replica(model) or is_sharded(model):
+    """Start a run of a model, or of its body, with the factors of its layers."""
+    if _has_no_batch(model):
         return WITHOUT_FACTORS
     return batch_of(model).start(functools.partial(_acting_layers, model), compat.cache_in(kwargs))
+
+
+def _has_no_batch(model: nn.Module) -> bool:
+    """Whether each layer computes its own factors.
+
+    A replica of DataParallel has no parameters, and FSDP would reduce the gradients of a block before the batch has
+    its gradients.
+    """
+    return is_replica(model) or is_sharded(model)
 
 
 def _acting_layers(model: nn.Module) -> Sequence[nn.Module]:
