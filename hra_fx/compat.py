@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,6 +83,26 @@ is_autocast_active: Callable[[], bool] = torch._C._is_any_autocast_enabled
 is_fx_tracing: Callable[[], bool] = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 
 
+def is_compiling() -> bool:
+    """True while TorchDynamo traces for a compiler, but not for an export."""
+    return torch.compiler.is_dynamo_compiling() and not is_exporting()
+
+
+def is_plain_eager() -> bool:
+    """True in plain eager mode: no compiler, tracer, dispatch mode, functorch transform or forward-mode AD."""
+    if torch.compiler.is_compiling() or is_torchscript_tracing() or is_dispatch_mode_active():
+        return False
+    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():  # then autograd does not save anything
+        return False
+    return not is_functorch_active() and forward_ad._current_level < 0
+
+
+def records_operators() -> bool:
+    """Whether functorch, forward-mode AD or `torch.export` need plain operators instead of autograd functions."""
+    exporting = torch.compiler.is_compiling() and is_exporting()
+    return exporting or is_functorch_active() or forward_ad._current_level >= 0
+
+
 def is_in_backward() -> bool:
     """Whether this thread runs a backward pass."""
     return torch._C._current_graph_task_id() != -1
@@ -126,13 +147,13 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     return list(module._forward_hooks.values())
 
 
+#: The hooks that are registered on a module.
+HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
     """The modules that have registered hooks."""
-    return {
-        part
-        for part in modules
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    }
+    return {part for part in modules if any(HOOKS(part))}
 
 
 def has_own_hooks(module: nn.Module) -> bool:
@@ -155,9 +176,8 @@ def non_persistent_buffers(module: nn.Module) -> set[str]:
     return module._non_persistent_buffers_set
 
 
-def is_replica(module: nn.Module) -> bool:
-    """Whether `nn.DataParallel` created a module for one forward."""
-    return bool(getattr(module, "_is_replica", False))
+#: The attribute that says whether `nn.DataParallel` created a module for one forward.
+REPLICA = "_is_replica"
 
 
 def is_split_by_transformers(module: nn.Module) -> bool:
@@ -190,19 +210,17 @@ def state_paths(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
             yield f".{path}".replace(f".{_CHECKPOINTED}", "")[1:], module
 
 
-def cache_in(kwargs: Mapping[str, Any]) -> Any:
-    """The cache of keys and values in the keyword arguments of a forward. transformers 5.24 renamed the argument."""
-    cache = kwargs.get("past_key_values")
-    return kwargs.get("cache") if cache is None else cache
-
-
 # --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+#: A number that changes when a tensor is written in place. A tensor of inference mode has none.
+VERSION = operator.attrgetter("_version")
 
 
 def tensor_versions(tensors: Sequence[Tensor]) -> list[int]:
     """Numbers that change when tensors are written in place; -1 for a tensor of inference mode, which has none."""
     try:
-        return [tensor._version for tensor in tensors]
+        return list(map(VERSION, tensors))
     except RuntimeError:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 

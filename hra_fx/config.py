@@ -43,7 +43,7 @@ class HRAConfig:
         layers_pattern: one or more regular expressions for the name of the module list that `layers_to_transform`
             indexes, such as "h".
         bias: which biases are trained: "none", "all", or "hra_only" for the biases of adapted layers.
-        pairs: train the sums and differences of pairs of vectors (`hra_fx.functional.pairs`), at the learning rates of
+        pairs: train the sums and differences of pairs of vectors (`hra_fx.functional.chain`), at the learning rates of
             LoRA; if False, train the vectors, as PEFT does. Adapters with an odd rank or with `apply_GS` always train
             their vectors. Files contain vectors in both cases. PEFT's HRAConfig does not have this field.
         modules_to_save: names of modules that are trained and saved in full. Layers inside them are not adapted.

@@ -10,7 +10,7 @@ from torch import nn
 from hra_fx.api.peft_model import HRAModel, as_hra_model, check_names
 from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
-from hra_fx.functional.pairs import to_pairs
+from hra_fx.functional.chain import to_pairs
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.model.inject import all_or_nothing
 from hra_fx.model.peft_view import take_over

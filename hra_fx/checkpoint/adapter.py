@@ -25,7 +25,7 @@ from hra_fx.checkpoint.folder import (
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
-from hra_fx.functional.chain import ChainPart
+from hra_fx.functional.chain import GRAM_SCHMIDT, chain_of
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.classes import adapters_for
 from hra_fx.layers.target import REFLECTION
@@ -65,7 +65,7 @@ class Adapter:
                 f"{self.file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again."
             )
         if self.config.apply_GS:
-            chains = {path: ChainPart(chain.double(), apply_GS=True).chain() for path, chain in chains.items()}
+            chains = {path: chain_of(GRAM_SCHMIDT, chain.double()) for path, chain in chains.items()}
         return chains
 
     @property
@@ -206,7 +206,7 @@ def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Modu
     found = None if row is None or row.path not in layers else first_row(layers[row.path])
     if row is None or found is None:
         return
-    chain = ChainPart(adapter.tensors[reflection_key(row.path)], apply_GS=adapter.config.apply_GS).chain()
+    chain = chain_of(GRAM_SCHMIDT * adapter.config.apply_GS, adapter.tensors[reflection_key(row.path)])
     state = row.compare(found, chain)
     if state == "folded":
         raise CheckpointError(

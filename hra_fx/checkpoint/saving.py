@@ -32,7 +32,7 @@ from hra_fx.checkpoint.folder import (
 )
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.functional.chain import ChainPart
+from hra_fx.functional.chain import KEPT, chain_of, vectors_of
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
@@ -213,8 +213,13 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     is_scaled = name in layers[sites[0]].hra_u.scales  # as in all layers
     for path in sites:
         adapters = layers[path].hra_u
-        part = ChainPart(adapters.chain(name)) if is_scaled else _part_of(adapters, state, path, name)
-        tensors[reflection_key(path)], chains[path] = part.vectors(), part.chain().detach()
+        form, trained, kept = adapters.form(name), full_tensor(state[vectors_entry(path, name)]), None
+        if is_scaled:
+            form, trained = 0, adapters.chain(name)
+        elif form & KEPT:
+            kept = state[kept_entry(path, name)]
+        tensors[reflection_key(path)] = vectors_of(form, trained, kept)
+        chains[path] = chain_of(form, trained, kept).detach()
     owners = all_copies(root)
     for path, entry in copies_of(root, name):
         key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
@@ -229,12 +234,6 @@ def _entries(adapters: HouseholderAdapters, path: str, name: str) -> list[str]:
     """The entries of a state that the chain of an adapter is computed from: also its kept directions."""
     kept = [kept_entry(path, name)] if adapters.kept(name) is not None else []
     return [vectors_entry(path, name), *kept]
-
-
-def _part_of(adapters: HouseholderAdapters, state: Mapping[str, Tensor], path: str, name: str) -> ChainPart:
-    """An adapter of a layer, with the tensors of a state."""
-    spec, trained = adapters.specs[name], full_tensor(state[vectors_entry(path, name)])
-    return ChainPart(trained, state.get(kept_entry(path, name)), spec.apply_GS, spec.pairs)
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:

@@ -49,6 +49,13 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object
     return contextlib.nullcontext()
 
 
+def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products of tensors with `dtype`: the dtype of autocast, if it is enabled."""
+    if dtype is not torch.float64 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
 def normalize(chain: Tensor) -> Tensor:
     """Scale each column of `U: (..., d, k)` to length 1, which does not change its reflection; zeros stay zero.
 

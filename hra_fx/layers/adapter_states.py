@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
+from hra_fx.functional.chain import PAIRS, vectors_of
 from hra_fx.layers.containers import KEPT
 from hra_fx.layers.sharding import full_tensor
 
@@ -50,7 +51,7 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
             adapters.keep(name, kept.new_zeros(shape, device=adapters[name].device))
     else:
         try:
-            check_kept(adapters, name, adapters.part(name, given)._replace(kept=None).vectors())
+            check_kept(adapters, name, vectors_of(adapters.form(name) & PAIRS, given))
         except AdapterError as error:
             errors.append(str(error))
 

@@ -1,6 +1,6 @@
 """The adapters of one layer: `<layer>.hra_u`, a `ParameterDict` that can be called.
 
-The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functional.pairs`), or vectors as in PEFT,
+The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functional.chain`), or vectors as in PEFT,
 `(d, r)`. Directions that an adapter does not change are in the buffer `hra_u.<adapter>_kept`.
 """
 
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hra_fx.compat import is_plain_eager
 from hra_fx.errors import AdapterError
-from hra_fx.functional import geodesic, householder
-from hra_fx.functional.chain import ChainPart, without
-from hra_fx.functional.pairs import pairs_shape, to_pairs
+from hra_fx.functional import chain as chains, geodesic, householder
+from hra_fx.functional.chain import chain_of, pairs_shape, to_pairs, without
+from hra_fx.functional.householder import products_dtype
 from hra_fx.functional.rotate import as_rows, rotate_weight
-from hra_fx.kernels.batch import batched_factors
-from hra_fx.kernels.dispatch import is_plain_eager, products_dtype
-from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.factors import Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapter_states import prepare_load
 from hra_fx.layers.containers import KEPT, SCALED, FilledLater, check_adapter_name
@@ -219,7 +218,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def scaled(self, name: str, alpha: float) -> Tensor:
         """Compute the chain of an adapter at scale `alpha`, in at least float32."""
         trained = full_tensor(self[name].detach())
-        full = self.part(name, trained.to(householder.working_dtype(trained.dtype))).chain()
+        wide = trained.to(householder.working_dtype(trained.dtype))
+        full = chain_of(self.form(name), wide, self.kept(name))
         return geodesic.fractional_rotation(full, alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None) -> None:
@@ -288,12 +288,14 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         scaled = self._buffers.get(name + SCALED)
         if scaled is not None:
             return scaled if dtype is None else scaled.to(dtype)
-        return self.part(name, self[name] if dtype is None else full_tensor(self[name]).to(dtype)).chain()
+        trained = self[name] if dtype is None else full_tensor(self[name]).to(dtype)
+        return chain_of(self.form(name), trained, self.kept(name))
 
-    def part(self, name: str, trained: Tensor) -> ChainPart:
-        """An adapter at full scale as a part of a chain; `trained` is its parameter, or a copy of it."""
+    def form(self, name: str) -> int:
+        """How the chain of an adapter at full scale is computed (`hra_fx.functional.chain.vectors_of`)."""
         spec = self.specs[name]
-        return ChainPart(trained, self.kept(name), spec.apply_GS, spec.pairs)
+        kept = chains.KEPT if name + KEPT in self._buffers else 0
+        return kept + chains.PAIRS * spec.pairs + chains.GRAM_SCHMIDT * spec.apply_GS
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Several adapters as one chain, in order; its vectors have any length. `None` if they are all the identity."""
@@ -303,7 +305,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
     def places(self) -> list[tuple[int, list[Place]]]:
-        """The form of each part of the chain (`ChainPart.form`), and where its tensors are, without the identity."""
+        """The form of each part of the chain (`form`), and where its tensors are, without the identity."""
         found: list[tuple[int, list[Place]]] = []
         parameters: Any = self._parameters
         buffers: Any = self._buffers
@@ -315,7 +317,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             # A replica of DataParallel has attributes instead of parameters.
             held = parameters if name in parameters else self.__dict__
             kept = [(buffers, name + KEPT)] if name + KEPT in buffers else []
-            found.append((self.part(name, held[name]).form(), [(held, name), *kept]))
+            found.append((self.form(name), [(held, name), *kept]))
         return found
 
     def device_of(self, layer: nn.Module) -> torch.device:

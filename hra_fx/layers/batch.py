@@ -6,13 +6,15 @@ ZeRO-3, offloading), or if its vectors or its input are not what they were at th
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import sys
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -21,19 +23,22 @@ from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.errors import HRAWarning
-from hra_fx.functional.householder import working_dtype
-from hra_fx.kernels.batch import batched_factors
-from hra_fx.kernels.dispatch import PLAIN, is_plain_eager, products_dtype
-from hra_fx.kernels.factors import Factors
+from hra_fx.functional.householder import products_dtype, working_dtype
+from hra_fx.kernels.factors import Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters, Place
-from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Changes, Prepared, Run
-from hra_fx.layers.sharding import is_partitioned_by_zero3, is_trained_by_zero
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Changes, Run
+from hra_fx.layers.sharding import is_partitioned_by_zero3, is_sharded, is_trained_by_zero
 from hra_fx.layers.target import REFLECTION
 
+#: The classes of ordinary tensors.
+_PLAIN = (Tensor, nn.Parameter)
 #: Dtypes in which layers compute.
 _COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: The keyword arguments of a graph.
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
+_SEEN = operator.attrgetter("forward", "compute_dtype")
 #: Containers with vectors that a warning about 16 bits has named.
 _WARNED: WeakSet[HouseholderAdapters] = WeakSet()
 
@@ -43,98 +48,89 @@ class _Group(NamedTuple):
 
     Attributes:
         owners: the containers of the layers.
-        seen: for each container, a `forward` that accelerate has set, and the dtype of its layer's inputs, if known.
-        places: where the tensors of the chains are, in the order of `batched_factors`.
+        seen: for each container, its forward, which accelerate may replace, and the dtype of its layer's inputs.
+        holders, names: where the tensors of the chains are, in the order of `batched_factors`.
         facts: class, shape, dtype and device of each tensor.
-        forms: how each part of a chain is computed (`ChainPart.form`).
+        forms: how each part of a chain is computed (`chain.vectors_of`).
         dtype: the dtype of the products.
     """
 
     owners: list[HouseholderAdapters]
     seen: list[Any]
-    places: list[tuple[dict[str, Any], str]]
+    holders: list[dict[str, Any]]
+    names: list[str]
     facts: list[Any]
     forms: list[int]
     dtype: torch.dtype
 
     def values(self) -> list[Tensor] | None:
         """The tensors of the chains, or `None` if something else than their values has changed."""
-        tensors: list[Any] = [place.get(name) for place, name in self.places]
-        if list(map(_FACTS, tensors)) != self.facts or not all(map(Tensor.data_ptr, tensors)):
-            return None
-        if _seen(self.owners) != self.seen or compat.with_own_hooks(self.owners):
+        # No calls of Python functions for each layer, because this runs in each forward.
+        tensors: list[Any] = list(map(dict.get, self.holders, self.names))
+        same = list(map(_FACTS, tensors)) == self.facts and list(map(_SEEN, self.owners)) == self.seen
+        if not same or not all(map(Tensor.data_ptr, tensors)) or any(map(any, map(compat.HOOKS, self.owners))):
             return None
         return tensors
 
 
-class Batch:
+class _Batch:
     """The layers of a model in groups, which are found again when anything but values has changed."""
 
     def __init__(self) -> None:
-        """Start without groups."""
-        self._groups: list[_Group] = []
-        self._changes = -1
+        self.groups: list[_Group] = []
+        self.changes = -1
 
-    def start(self, layers: Callable[[], Iterable[nn.Module]], cache: Any = None) -> Run:
-        """A run of a model with these layers, with the factors that can be computed now.
-
-        Forwards with the same `cache` and without gradients are steps of one generation, and use the same factors.
-        """
-        if not is_plain_eager():
-            return WITHOUT_FACTORS
-        reference = None if cache is None or torch.is_grad_enabled() else _weak(cache)
-        if reference is not None and (last := RUNNING.generation) is not None:
-            batch, of_cache, run = last
-            if batch is self and of_cache() is cache and run.changes == Changes.count:
-                return run
-        run = self._prepare(layers)
-        RUNNING.generation = None if reference is None else (self, reference, run)
-        return run
-
-    def _prepare(self, layers: Callable[[], Iterable[nn.Module]]) -> Run:
-        values = [group.values() for group in self._groups] if self._changes == Changes.count else [None]
-        if None in values or "deepspeed" in sys.modules:  # DeepSpeed frees values
-            self._groups, self._changes = _groups(layers()), Changes.count
-            values = [group.values() for group in self._groups]
-        run = Run()
-        if run.has_graph and any(dtype.itemsize < 4 for group in self._groups for _, _, dtype, _ in group.facts[:1]):
-            _warn_of_low_precision([owner for group in self._groups for owner in group.owners])
-        for group, tensors in zip(self._groups, values, strict=True):
-            if tensors is not None:
-                run.prepared.update(_prepared(group, tensors))
-        return run
+    def values(self, layers: Callable[[], Iterable[nn.Module]]) -> list[list[Tensor]]:
+        """The tensors of each group."""
+        if self.changes == Changes.count and "deepspeed" not in sys.modules:  # it frees values
+            found = list(map(_Group.values, self.groups))
+            if None not in found:
+                return found  # type: ignore[return-value]
+        self.groups, self.changes = _groups(layers()), Changes.count
+        return list(map(_Group.values, self.groups))  # type: ignore[arg-type]
 
 
 #: They are not attributes of the models, so that copies, pickles and graphs do not have them.
-_BATCHES: WeakKeyDictionary[nn.Module, Batch] = WeakKeyDictionary()
+_BATCHES: WeakKeyDictionary[nn.Module, _Batch] = WeakKeyDictionary()
 
 
-def batch_of(model: nn.Module) -> Batch:
-    """The batch of a model, or of its body."""
+def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: Mapping[str, Any] = _NONE) -> Run:
+    """Start a run of a model, or of its body, with the factors of its adapted layers.
+
+    Forwards without gradients and with the same cache in `kwargs` are steps of one generation, and use the same
+    factors. A replica of DataParallel has no parameters, and FSDP would reduce the gradients of a block before the
+    batch has its gradients. Then each layer computes its own factors.
+    """
+    if not compat.is_plain_eager() or getattr(model, compat.REPLICA, False):
+        return WITHOUT_FACTORS
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and is_sharded(model):
+        return WITHOUT_FACTORS
+    has_graph = torch.is_grad_enabled()
+    cache = None if has_graph else kwargs.get("past_key_values", kwargs.get("cache"))  # since transformers 5.24
+    if cache is not None and (last := RUNNING.generation) is not None:
+        of_model, of_cache, run = last
+        if of_model() is model and of_cache() is cache and run.changes == Changes.count:
+            return run
     batch = _BATCHES.get(model)
     if batch is None:
-        batch = _BATCHES[model] = Batch()
-    return batch
-
-
-def _weak(cache: Any) -> Any:
-    """A weak reference to a cache, or `None` if it is a tuple."""
-    try:
-        return weakref.ref(cache)
-    except TypeError:
-        return None
-
-
-def _prepared(group: _Group, tensors: list[Tensor]) -> Iterator[tuple[HouseholderAdapters, Prepared]]:
-    """Compute the factors of a group."""
-    dtype = products_dtype(tensors[0].device, group.dtype) if compat.is_autocast_active() else group.dtype
-    versions = compat.tensor_versions(tensors)
-    factors = batched_factors(tensors, group.forms, dtype)
-    size = len(group.owners)
-    places: Any = zip(group.places, tensors, versions, strict=True)
-    watched = [(place, name, tensor, version) for (place, name), tensor, version in places]
-    for index, owner in enumerate(group.owners):
-        yield owner, (*factors[index], watched[index::size])
+        batch = _BATCHES[model] = _Batch()
+    values = batch.values(layers)
+    run = Run({}, has_graph, Changes.count)
+    for group, tensors in zip(batch.groups, values, strict=True):
+        if has_graph and tensors[0].dtype.itemsize < 4:
+            _warn_of_low_precision(batch.groups)
+        dtype = group.dtype
+        if compat.is_autocast_active():
+            dtype = products_dtype(tensors[0].device, dtype)
+        versions = compat.tensor_versions(tensors)
+        factors = batched_factors(tensors, group.forms, dtype)
+        watched, size = list(zip(group.holders, group.names, tensors, versions, strict=True)), len(group.owners)
+        for index, owner in enumerate(group.owners):
+            run.prepared[owner] = *factors[index], watched[index::size]
+    RUNNING.generation = None
+    with contextlib.suppress(TypeError):  # no cache, or a tuple, which has no weak references
+        RUNNING.generation = weakref.ref(model), weakref.ref(cache), run
+    return run
 
 
 def _groups(layers: Iterable[nn.Module]) -> list[_Group]:
@@ -157,11 +153,9 @@ def _group(
     owners = [adapters for adapters, _ in members]
     # `batched_factors` takes the first tensor of all layers, then the second one.
     places = [places[index] for index in range(len(facts)) for _, places in members]
-    return _Group(owners, _seen(owners), places, [fact for fact in facts for _ in members], list(forms), dtype)
-
-
-def _seen(owners: Iterable[HouseholderAdapters]) -> list[Any]:
-    return [(owner.__dict__.get("forward"), owner.compute_dtype) for owner in owners]
+    holders, names = [holder for holder, _ in places], [name for _, name in places]
+    seen = [] if torch.compiler.is_compiling() else list(map(_SEEN, owners))
+    return _Group(owners, seen, holders, names, [fact for fact in facts for _ in members], list(forms), dtype)
 
 
 def _owners(layers: Iterable[nn.Module]) -> list[tuple[HouseholderAdapters, nn.Module]]:
@@ -179,7 +173,7 @@ def _is_available(tensor: Tensor, width: int) -> bool:
     """Whether a tensor has its values now. FSDP, offloading and ZeRO-3 remove them between the calls of a layer."""
     if torch.compiler.is_compiling():
         return True
-    plain = type(tensor) in PLAIN and tensor.dtype in _COMPUTING and tensor.dim() > 1 and tensor.shape[0] == width
+    plain = type(tensor) in _PLAIN and tensor.dtype in _COMPUTING and tensor.dim() > 1 and tensor.shape[0] == width
     return plain and bool(tensor.data_ptr()) and not is_partitioned_by_zero3(tensor)
 
 
@@ -191,13 +185,14 @@ def _expected_dtype(adapters: HouseholderAdapters, layer: nn.Module, vectors: Te
     return dtype if dtype in _COMPUTING else vectors.dtype  # a quantized weight
 
 
-def _warn_of_low_precision(containers: list[HouseholderAdapters]) -> None:
+def _warn_of_low_precision(groups: Iterable[_Group]) -> None:
     """Warn, once for each model, if 16-bit vectors are trained, for example after a cast by TRL's trainers.
 
     For `r=8`, entries start at values up to 0.35. At this size, bfloat16 values are 1e-3 apart, and AdamW changes
     entries by about the learning rate. Pairs train in 16 bits like LoRA: their entries are as small as LoRA's. ZeRO
     keeps float32 values elsewhere, so its vectors are ignored.
     """
+    containers = [owner for group in groups for owner in group.owners]
     held = [(adapters, adapters[name], name) for adapters in containers for name in adapters.active]
     found = [
         (adapters, vectors.dtype)
@@ -232,8 +227,7 @@ def exported_batch(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 
 def _wide(group: _Group) -> torch.dtype:
-    place, name = group.places[0]
-    return working_dtype(place[name].dtype)
+    return working_dtype(group.holders[0][group.names[0]].dtype)
 
 
 class _Held:
@@ -246,7 +240,7 @@ class _Held:
     def __init__(self, groups: list[_Group]) -> None:
         self.factors: dict[HouseholderAdapters, Factors] = {}
         for group in groups:
-            tensors = [place[name] for place, name in group.places]
+            tensors = [holder[name] for holder, name in zip(group.holders, group.names, strict=True)]
             self.factors.update(zip(group.owners, batched_factors(tensors, group.forms, group.dtype), strict=True))
 
     def __enter__(self) -> None:

@@ -51,12 +51,11 @@ class AdaptedConv(AdaptedLayer):
         """Compute the convolution with `W Q`."""
 
         @functools.wraps(base.forward)
-        def forward(self: Any, input: Tensor, factors: Factors | None = None) -> Any:
+        def forward(self: Any, input: Tensor, reflected: Factors | None = None) -> Any:
             adapters: Any = self._modules[REFLECTION]
             weight = adapters.weight_of(self)
             output = self._conv_forward(input, weight, self.bias)
-            if factors is None:
-                factors = factors_for(adapters, input)
+            factors = factors_for(adapters, input) if reflected is None else reflected
             return output if factors is None else output + _correction(self, input, weight, factors)
 
         return {**super().wrap(base), "forward": forward}

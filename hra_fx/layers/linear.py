@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from hra_fx import compat
 from hra_fx.kernels.factors import Factors
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.running import factors_for
+from hra_fx.layers.running import RUNNING, Changes, factors_for
 from hra_fx.layers.target import REFLECTION
 
 # From this number of rows per vector, the thin product with `W` is cheaper than `G W`, as measured on CPUs.
@@ -60,6 +62,23 @@ class AdaptedLinear(AdaptedLayer):
                 weight = weight.mT
             if reflected is not None:
                 return F.linear(reflected, weight, bias)
+            run = None if is_dynamo_compiling() else RUNNING.run
+            found = None if run is None else run.prepared.get(adapters)
+            # The usual case of `factors_for`, here because a call takes as long as a small operator.
+            if (
+                run is not None
+                and found is not None
+                and run.changes == Changes.count
+                and run.has_graph is torch.is_grad_enabled()
+                and found[0].dtype is input.dtype
+                and not compat.is_dispatch_mode_active()
+            ):
+                rows, down, watched = found
+                for holder, name, tensor, version in watched:
+                    if holder.get(name) is not tensor or (version >= 0 and tensor._version != version):
+                        break
+                else:
+                    return linear(input, (rows, down), weight, bias)
             factors = factors_for(adapters, input)
             return F.linear(input, weight, bias) if factors is None else linear(input, factors, weight, bias)
 
@@ -72,7 +91,9 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
     if x.dtype is not rows.dtype:
         return F.linear(reflect_rows(x, factors), weight, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if rows.requires_grad and not x.requires_grad and _prefers_output_side(x, rows, weight):
+    output_side = rows.requires_grad and not x.requires_grad and weight.dtype is x.dtype and not weight.requires_grad
+    # A compiler would add a guard on the number of rows and compile twice.
+    if output_side and (torch.compiler.is_compiling() or x.numel() >= _MIN_ROWS_PER_VECTOR * rows.numel()):
         output = torch.addmm(F.linear(flat, weight, bias), F.linear(flat, down), torch.mm(rows, weight.mT))
     else:
         output = F.linear(torch.addmm(flat, F.linear(flat, down), rows), weight, bias)
@@ -86,11 +107,3 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
         return x + (F.linear(x.to(rows.dtype), down) @ rows).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     return torch.addmm(flat, F.linear(flat, down), rows).view(x.shape)
-
-
-def _prefers_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:
-    """Whether the output side is cheaper: if `rows` needs a gradient, `x` does not, and there are many rows."""
-    if weight.dtype is not x.dtype or weight.requires_grad or not torch.is_grad_enabled():
-        return False
-    # A compiler would add a guard on the number of rows and compile twice.
-    return torch.compiler.is_compiling() or x.numel() >= _MIN_ROWS_PER_VECTOR * rows.numel()

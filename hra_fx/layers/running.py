@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
-from hra_fx.kernels.dispatch import products_dtype
+from hra_fx.functional.householder import products_dtype
 from hra_fx.kernels.factors import Factors
 
 #: A tensor that factors were computed from: where its module has it, itself, and its version at that time.
@@ -30,7 +30,7 @@ class Changes:
     count = 0
 
 
-class Run:
+class Run(NamedTuple):
     """A forward of a model in one thread.
 
     Attributes:
@@ -39,11 +39,9 @@ class Run:
         changes: `Changes.count` when they were computed.
     """
 
-    def __init__(self, prepared: dict[Any, Prepared] | None = None) -> None:
-        """Start with these factors."""
-        self.prepared = prepared or {}
-        self.has_graph = torch.is_grad_enabled()
-        self.changes = Changes.count
+    prepared: dict[Any, Prepared]
+    has_graph: bool = False
+    changes: int = 0
 
 
 class _Running(threading.local):
@@ -64,7 +62,7 @@ class _Running(threading.local):
 
 RUNNING = _Running()
 #: A run without factors: of a part of a model that is called alone, or while a tracer records.
-WITHOUT_FACTORS = Run()
+WITHOUT_FACTORS = Run({})
 
 
 def during(run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

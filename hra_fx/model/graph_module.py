@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from hra_fx.compat import is_replica
-from hra_fx.layers.batch import batch_of
+from hra_fx.layers.batch import start
 from hra_fx.layers.running import Run
 from hra_fx.layers.target import FACTORS
 from hra_fx.passes.fold import erase
@@ -39,9 +38,9 @@ class BatchedFactors(nn.Module):
         """Return the factors, or `None` if each layer computes its own, for example under torch.compile."""
         if self.state is None or self.state.disabled or not self.state.active:
             return None
-        if is_replica(self) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return None
-        return batch_of(self).start(lambda: self.state.layers)
+        return start(self, lambda: self.state.layers)
 
 
 def rewrite(module: fx.GraphModule) -> None:

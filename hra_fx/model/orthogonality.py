@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx.functional import householder
+from hra_fx.functional.chain import GRAM_SCHMIDT, vectors_of
 from hra_fx.layers.sharding import full_tensor
 from hra_fx.model.state import require_adapted_layers
 from hra_fx.model.whole import check_whole
@@ -51,16 +52,18 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
     check_whole(model, "compute a loss of its vectors")
     active = [
-        adapters.part(name, full_tensor(adapters[name]))
+        (adapters, name)
         for adapters in (layer.hra_u for layer in layers.values())
         for name in adapters.active
         if name not in adapters.scales
     ]
-    device = active[0].trained.device if active else next(iter(layers.values())).hra_base.device
+    device = active[0][0][active[0][1]].device if active else next(iter(layers.values())).hra_base.device
     total = torch.zeros((), device=device)
-    for part in active:
-        if not part.apply_GS:
-            total = total + _penalty(part.vectors()).to(device)
+    for adapters, name in active:
+        form = adapters.form(name)
+        if not form & GRAM_SCHMIDT:
+            vectors = vectors_of(form, full_tensor(adapters[name]), adapters.kept(name))
+            total = total + _penalty(vectors).to(device)
     return total
 
 

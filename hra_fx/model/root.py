@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from hra_fx import compat
-from hra_fx.compat import is_replica
-from hra_fx.kernels.dispatch import is_compiling
-from hra_fx.layers.batch import batch_of, traced_batch
+from hra_fx.compat import is_compiling
+from hra_fx.layers.batch import start, traced_batch
 from hra_fx.layers.class_swap import SwapMixin, swap
-from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run, during
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, get_copies
@@ -38,9 +37,14 @@ class AdaptedModel(SwapMixin):
 
         The factors are computed in `forward`, because hooks may first move the model or gather its parameters.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
-        return during(RUNNING.run or WITHOUT_FACTORS, super().__call__, *args, **kwargs)
+        outer = RUNNING.run
+        RUNNING.run = outer or WITHOUT_FACTORS
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            RUNNING.run = outer
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -48,11 +52,17 @@ class AdaptedModel(SwapMixin):
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-            _refuse_adapter_names(kwargs)
-            if is_compiling():
-                with traced_batch(() if _has_no_batch(self) else _acting_layers(self)):
+            if kwargs.get("adapter_names") is not None:  # models that take any keyword argument would ignore it
+                raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
+            if is_dynamo_compiling() and is_compiling():
+                with traced_batch(() if is_sharded(self) else _acting_layers(self)):
                     return base.forward(self, *args, **kwargs)
-            return during(_start(self, kwargs), base.forward, self, *args, **kwargs)
+            outer = RUNNING.run
+            RUNNING.run = start(self, functools.partial(_acting_layers, self), kwargs)
+            try:
+                return base.forward(self, *args, **kwargs)
+            finally:
+                RUNNING.run = outer
 
         return {"forward": forward}
 
@@ -79,28 +89,6 @@ class AdaptedModel(SwapMixin):
         errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
         # Use the current values, so that a load that is going to fail does not change anything.
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
-
-
-def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    """Raise the error of the removed argument. Models that take any keyword argument would ignore it."""
-    if kwargs.get("adapter_names") is not None:
-        raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
-
-
-def _start(model: nn.Module, kwargs: dict[str, Any]) -> Run:
-    """Start a run of a model, or of its body, with the factors of its layers."""
-    if _has_no_batch(model):
-        return WITHOUT_FACTORS
-    return batch_of(model).start(functools.partial(_acting_layers, model), compat.cache_in(kwargs))
-
-
-def _has_no_batch(model: nn.Module) -> bool:
-    """Whether each layer computes its own factors.
-
-    A replica of DataParallel has no parameters, and FSDP would reduce the gradients of a block before the batch has
-    its gradients.
-    """
-    return is_replica(model) or is_sharded(model)
 
 
 def _acting_layers(model: nn.Module) -> Sequence[nn.Module]:
@@ -139,7 +127,8 @@ class AdaptedBody(SwapMixin):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if is_compiling() or (RUNNING.run is not None and RUNNING.run.prepared):
                 return base.forward(self, *args, **kwargs)
-            return during(_start(self, kwargs), base.forward, self, *args, **kwargs)
+            run = start(self, functools.partial(_acting_layers, self), kwargs)
+            return during(run, base.forward, self, *args, **kwargs)
 
         return {"forward": forward}
 

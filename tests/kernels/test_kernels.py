@@ -14,7 +14,7 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hra_fx.kernels.factors import wy_factors
+from hra_fx.kernels.factors import batched_factors
 from hra_fx.layers.linear import reflect_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -26,8 +26,15 @@ def leaf(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
 
 def q_of(vectors: Tensor) -> Tensor:
     """`Q` of each chain of a batch, from its factors: `x Q^T = x + (x F^T) R`."""
-    rows, down = wy_factors(vectors).unbind(-3)
-    return torch.eye(vectors.shape[-2], dtype=vectors.dtype) + rows.mT @ down
+    chains = [vectors] if vectors.dim() == 2 else list(vectors.unbind())
+    factors = batched_factors(chains, [0], vectors.dtype)
+    turned = torch.stack(
+        [
+            torch.eye(len(one), dtype=one.dtype) + rows.mT @ down
+            for one, (rows, down) in zip(chains, factors, strict=True)
+        ]
+    )
+    return turned.view(*vectors.shape[:-1], vectors.shape[-2])
 
 
 @quick
@@ -77,7 +84,7 @@ def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
     x, vectors = leaf(1, 6, 64, dtype=F32), leaf(2, 64, 4, dtype=F32)
 
     def reflected(u: Tensor) -> Tensor:
-        rows, down = wy_factors(u)
+        [(rows, down)] = batched_factors([u], [0], F32)
         assert rows.dtype is F32
         return reflect_rows(x, (rows.to(BF16), down.to(BF16)))
 

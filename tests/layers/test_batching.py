@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_fx
-from hra_fx import compat
 
 X = normal(1, 4, 12)
 
@@ -197,12 +196,16 @@ class Generator(Net):
         return found
 
 
-@canary("transformers", "the name of the cache", reader="hra_fx/compat.py", breaks="factors once in `generate`")
+@canary("transformers", "the name of the cache", reader="hra_fx/layers/batch.py", breaks="factors once in `generate`")
 def test_generate_passes_one_cache() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8))
     found: list[Any] = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: found.append(compat.cache_in(kwargs)), with_kwargs=True)
+
+    def look(_: object, args: object, kwargs: dict[str, Any]) -> None:
+        found.append(kwargs.get("past_key_values", kwargs.get("cache")))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
     model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
     assert len(found) == 4 and found[0] is not None and all(cache is found[0] for cache in found)
 
