@@ -44,6 +44,15 @@ def names_in_forward(cls: type[nn.Module]) -> set[str]:
     return next((names for name, names in _named(cls) if name == "forward"), set())
 
 
+def methods_of_forward(cls: type[nn.Module]) -> set[str]:
+    """The names of the methods and properties that the forward of a class may use, directly or not."""
+    named = list(_named(cls))
+    found = {"forward"}
+    while new := {used for name, names in named if name in found for used in names} & {n for n, _ in named} - found:
+        found |= new
+    return found
+
+
 def _named(cls: type[nn.Module]) -> Iterator[tuple[str, set[str]]]:
     """Each method and property of a class and its bases below `nn.Module`, with the names that its code uses."""
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:

@@ -13,6 +13,7 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.readers import methods_of_forward
 from hra_fx.layers.target import REFLECTION, describe, find_kind, weight_name
 
 OUTPUT_PROJECTION = "is the output projection of attention, whose change PEFT's LoRA (0.21) adds twice"
@@ -123,9 +125,11 @@ def _is_only_read(path: str, layer: nn.Module, owners: Mapping[str, nn.Module]) 
 
 
 def _source(cls: type[nn.Module]) -> str:
-    """The code of a class and of its bases below `nn.Module`, as far as it is known."""
+    """The code that the forward of a class may run, as far as it is known."""
     code = []
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        with contextlib.suppress(OSError, TypeError):
-            code.append(inspect.getsource(base))
+    for name in methods_of_forward(cls):
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+            held: Any = vars(base).get(name)
+            with contextlib.suppress(OSError, TypeError):
+                code.append(inspect.getsource(getattr(held, "fget", held)))
     return "".join(code)

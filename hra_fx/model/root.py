@@ -54,15 +54,15 @@ class AdaptedModel(SwapMixin):
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("adapter_names") is not None:  # models that take any keyword argument would ignore it
                 raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
-            if is_dynamo_compiling() and is_compiling():
-                with traced_batch(() if is_sharded(self) else _acting_layers(self)):
+            if not is_dynamo_compiling():
+                outer = RUNNING.run
+                RUNNING.run = start(self, functools.partial(_acting_layers, self), kwargs)
+                try:
                     return base.forward(self, *args, **kwargs)
-            outer = RUNNING.run
-            RUNNING.run = start(self, functools.partial(_acting_layers, self), kwargs)
-            try:
+                finally:
+                    RUNNING.run = outer
+            with traced_batch(() if is_sharded(self) or not is_compiling() else _acting_layers(self)):
                 return base.forward(self, *args, **kwargs)
-            finally:
-                RUNNING.run = outer
 
         return {"forward": forward}
 

@@ -171,7 +171,8 @@ def test_outputs_and_gradients_are_those_of_the_eager_model(make: type[nn.Module
     assert got.keys() == exact.keys() and len(exact) == {Skipping: 1, Activated: 0}.get(make, 2)
     for name, gradient in got.items():
         assert relative_error(gradient, exact[name]) < 1e-9, name
-    assert make is WithGradients or [layers for batch in seen.batches for layers in batch] == [2]
+    if make is not WithGradients:  # after a graph break, each layer computes its own factors
+        assert [layers for batch in seen.batches for layers in batch] == ([1, 1] if make is Broken else [2])
 
 
 class Blocks(nn.Module):
