@@ -12,8 +12,8 @@ upper triangular `T: (k, k)`:
 An adapted layer uses `W Q` instead of `W`, so it maps a row of inputs as `x -> x Q^T`. With Gram-Schmidt, the
 paper's product is `Q = I - 2 V V^T` with orthonormal `V`, which is the chain of the columns of `V`.
 
-Under torch.export, `T` is computed with matrix products only (`wy_of_products`), because other runtimes lack triangular
-solve. The number of steps depends only on the shape, so the exported graph does not have loops.
+`T` is computed with matrix products only, because exporters and other runtimes lack triangular solve. The number of
+steps depends only on the shape, so an exported graph does not have loops.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import math
 
 import torch
 from torch import Tensor, fx, nn
-
-from hra_fx import compat
 
 # An fx tracer records it as one node, because its branches cannot be traced.
 fx.wrap("orthonormalize")
@@ -79,9 +77,16 @@ def normalize(chain: Tensor) -> Tensor:
 
 
 def compact_wy(chain: Tensor) -> Tensor:
-    """Compute the factor `T: (..., k, k)` of `Q = I - U T U^T`, at least float32, even under autocast.
+    r"""Compute the factor `T: (..., k, k)` of `Q = I - U T U^T`, at least float32, even under autocast.
 
-    A zero column gives the identity (PEFT returns NaN), and its gradient is finite.
+    A zero column gives the identity (PEFT returns NaN), and its gradient is finite. `T` is computed by doubling:
+    inverses of diagonal blocks give inverses of larger blocks.
+
+        T^-1 = D + N,    X_0 = D^-1,    X <- X - X (N o M_s) X    for s = 1, 2, 4, ... < k
+
+    where `M_s` selects the upper right `s x s` part of each `2s x 2s` diagonal block: for `X = diag(A^-1, C^-1)` one
+    step gives the inverse of `[A B; 0 C]`, whose corner is `-A^-1 B C^-1`. It is as accurate as a triangular solve; the
+    shorter `(I - N)(I + N^2)(I + N^4) ...` loses all digits for nearly parallel columns.
 
     Example:
         >>> U = torch.tensor([[3.0], [4.0]])
@@ -91,41 +96,21 @@ def compact_wy(chain: Tensor) -> Tensor:
     """
     with without_autocast(chain):
         vectors = chain.to(working_dtype(chain.dtype))
-        if compat.is_exporting():
-            return wy_of_products(vectors)
-        gram = vectors.mT @ vectors
-        squares = gram.diagonal(dim1=-2, dim2=-1)
+        squares = (vectors * vectors).sum(dim=-2, keepdim=True)
         # A square below the smallest normal number does not have a usable inverse, so the column is treated as zero.
-        halves = torch.where(squares > torch.finfo(gram.dtype).tiny, squares / 2, 1.0)
-        inverse = gram.triu(1) + torch.diag_embed(halves)
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        factor: Tensor = torch.linalg.solve_triangular(inverse, identity, upper=True)
+        halves = torch.where(squares > torch.finfo(vectors.dtype).tiny, squares / 2, 1.0)
+        index = torch.arange(vectors.shape[-1], device=vectors.device)
+        row, column = index.unsqueeze(1), index.unsqueeze(0)
+        upper = torch.where(row < column, vectors.mT @ vectors, 0.0)
+        factor = torch.where(row == column, halves.reciprocal(), 0.0)
+        # An entry belongs to the corner of a block if this is the highest bit in which row and column differ.
+        difference = row ^ column
+        size = 1
+        while size < vectors.shape[-1]:
+            corner = (difference >= size) & (difference < 2 * size)
+            factor = factor - factor @ torch.where(corner, upper, 0.0) @ factor
+            size *= 2
     return factor
-
-
-def wy_of_products(chain: Tensor) -> Tensor:
-    r"""Compute `T` like `compact_wy` by doubling: inverses of diagonal blocks give inverses of larger blocks.
-
-        T^-1 = D + N,    X_0 = D^-1,    X <- X - X (N o M_s) X    for s = 1, 2, 4, ... < k
-
-    where `M_s` selects the upper right `s x s` part of each `2s x 2s` diagonal block: for `X = diag(A^-1, C^-1)` one
-    step gives the inverse of `[A B; 0 C]`, whose corner is `-A^-1 B C^-1`. It is as accurate as a triangular solve; the
-    shorter `(I - N)(I + N^2)(I + N^4) ...` loses all digits for nearly parallel columns.
-    """
-    squares = (chain * chain).sum(dim=-2, keepdim=True)
-    halves = torch.where(squares > torch.finfo(chain.dtype).tiny, squares / 2, 1.0)
-    index = torch.arange(chain.shape[-1], device=chain.device)
-    row, column = index.unsqueeze(1), index.unsqueeze(0)
-    upper = torch.where(row < column, chain.mT @ chain, 0.0)
-    inverse = torch.where(row == column, halves.reciprocal(), 0.0)
-    # In each step, an entry belongs to the corner of a block if this is the highest bit in which row and column differ.
-    difference = row ^ column
-    size = 1
-    while size < chain.shape[-1]:
-        corner = (difference >= size) & (difference < 2 * size)
-        inverse = inverse - inverse @ torch.where(corner, upper, 0.0) @ inverse
-        size *= 2
-    return inverse
 
 
 def span(chain: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,16 +125,6 @@ def span(chain: Tensor) -> tuple[Tensor, Tensor]:
     vectors, factor = (matrix.detach().cpu().double() for matrix in (chain, compact_wy(chain.detach())))
     basis, triangle = torch.linalg.qr(vectors)
     return basis, triangle @ factor @ triangle.mT
-
-
-def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
-    """Apply a chain to rows `x: (..., d)`, as the input of a Linear with weight `W Q`: `x Q^T = x - (x U) T^T U^T`.
-
-    The products use the dtype of `x`. `T` is the result of `compact_wy(chain)`.
-    """
-    # U T is computed before the cast, so that a narrow dtype rounds the product only once.
-    projection = (chain.to(factor.dtype) @ factor).to(x.dtype)
-    return x - ((x @ chain.to(x.dtype)) @ projection.mT).to(x.dtype)
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:

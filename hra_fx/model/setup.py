@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import loaded_class, state_paths
+from hra_fx.compat import loaded_class
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.class_swap import SwapMixin
@@ -32,7 +32,7 @@ from hra_fx.model.state import (
 from hra_fx.model.trainable import activate, checked_copies, freeze, make_copies, set_requires_grad, sync_layers
 from hra_fx.model.whole import check_whole
 from hra_fx.selection.check import select_checked
-from hra_fx.selection.select import with_head
+from hra_fx.selection.select import walk, with_head
 
 
 def put_adapter(
@@ -62,7 +62,7 @@ def put_adapter(
     state = known or AdapterState(frozen=freeze(model))
     with removed_on_error(model, state, name, config):
         modules = dict(model.named_modules(remove_duplicate=False))
-        layers = select_checked(model, config, dict(state_paths(modules.items()))) if layers is None else layers
+        layers = select_checked(model, config, walk(model, modules.items())) if layers is None else layers
         wanted = checked_copies(model, name, config, layers)
         is_new = not all(map(is_adapted, layers.values()))
         inject_adapter(modules, layers, fill)

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from hra_fx.compat import state_modules
+from hra_fx.compat import state_modules, state_paths
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
@@ -27,7 +27,7 @@ from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import parameters_hint, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, some_of, suffixes, suggestion
 
-#: Path -> module. A shared module occurs under each of its paths, in order.
+#: Path -> module, without modules that adapters added. The model is "", and a shared module has all of its paths.
 Modules: TypeAlias = Mapping[str, nn.Module]
 
 #: The heads that "all-linear" leaves out for SEQ_CLS, in the order of PEFT's `SEQ_CLS_HEAD_NAMES`.
@@ -38,8 +38,6 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-#: PEFT shortens the entries of `target_modules` if there are so many, which changes what layer indices select.
-_SHORTEN_FROM = 20
 #: Fields that can exclude layers that the targets match.
 _EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SUPPORTED = (
@@ -47,9 +45,14 @@ _SUPPORTED = (
 )
 
 
-def walk(model: nn.Module) -> Modules:
-    """Every module of a model, and the model itself as ""."""
-    return dict(state_modules(model, remove_duplicate=False))
+def walk(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> Modules:
+    """The modules of a model. `modules` are the items of `named_modules(remove_duplicate=False)`, if known."""
+    every = state_modules(model, remove_duplicate=False) if modules is None else state_paths(modules)
+    return {
+        path: module
+        for path, module in every
+        if ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight)
+    }
 
 
 def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
@@ -68,13 +71,11 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
     chosen = targeted(model, config, modules)
     if problem := parameters_problem(model, config):
         raise SelectionError(problem)
-    own = _own(modules)
     if not chosen:
-        raise SelectionError(_no_match(model, config, own))
-    if any(find_kind(module) is None for module in chosen.values()):
-        raise SelectionError(_wrong_types(chosen, own))
-    _check_saved(config, chosen, own)
-    _warn_unmatched(model, config, own)
+        raise SelectionError(_no_match(model, config, modules))
+    _check_types(chosen, modules)
+    _check_saved(config, chosen, modules)
+    _warn_unmatched(model, config, modules)
     return chosen
 
 
@@ -82,7 +83,7 @@ def targeted(model: nn.Module, config: HRAConfig, modules: Modules | None = None
     """The modules of any type that `config` targets, in `named_modules` order, then the parameters: path -> module."""
     modules = walk(model) if modules is None else modules
     targets = resolve_targets(model, config, modules)
-    found = {path: module for path, module in once(_own(modules)).items() if is_target(config, path, targets)}
+    found = {path: module for path, module in once(modules).items() if is_target(config, path, targets)}
     return found | targeted_parameters(model, config)
 
 
@@ -97,30 +98,26 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str) -> b
     """
     if not path or _is_excluded(config, path) or not _matches(targets, path):
         return False
-    if isinstance(targets, str) or path in targets or not _uses_indices(config):
+    wanted = config.layers_to_transform
+    if isinstance(targets, str) or path in targets or wanted is None or wanted == []:
         return True
     index = layer_index(config, path)
-    wanted = config.layers_to_transform
     return index in wanted if isinstance(wanted, Collection) else index == wanted
 
 
 def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> set[str] | str:
     """Return `config.target_modules`, with "all-linear" and None replaced by the names that they select in `model`."""
-    targets, own = config.target_modules, _own(walk(model) if modules is None else modules)
+    targets, modules = config.target_modules, walk(model) if modules is None else modules
     if targets is None:
-        targets = () if config.target_parameters else _default_targets(model, own)
+        targets = () if config.target_parameters else _default_targets(model, modules)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = _all_linear(model, config, own)
-    if isinstance(targets, str):
-        return targets
-    if _uses_indices(config) and len(targets) >= _SHORTEN_FROM:
-        return _shortened(set(targets), list(once(own)))
-    return set(targets)
+        targets = _all_linear(model, config, modules)
+    return targets if isinstance(targets, str) else set(targets)
 
 
 def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     """Every path that ends with an entry of `config.modules_to_save`, with or without a dot before it -> module."""
-    return _saved(config, _own(walk(model))) if config.modules_to_save else {}
+    return _saved(config, walk(model)) if config.modules_to_save else {}
 
 
 def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
@@ -149,20 +146,11 @@ def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
 
 def _present(model: nn.Module, names: Collection[str]) -> list[str]:
     """The names that some path ends with."""
-    paths = list(_own(walk(model))) if names else []
+    paths = list(walk(model)) if names else []
     return [name for name in names if any(path.endswith(name) for path in paths)]
 
 
 # ---- matching rules ----
-
-
-def _own(modules: Modules) -> Modules:
-    """The modules, without the model itself and without modules that adapters added."""
-    return {
-        path: module
-        for path, module in modules.items()
-        if path and ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight)
-    }
 
 
 def once(modules: Modules) -> Modules:
@@ -187,16 +175,9 @@ def _matches(names: Collection[str] | str, path: str) -> bool:
 
 def _is_excluded(config: HRAConfig, path: str) -> bool:
     """Whether `path` is excluded, independent of the targets."""
-    if not ADAPTER_CHILDREN.isdisjoint(path.split(".")):
-        return True
     if config.exclude_modules and _matches(config.exclude_modules, path):
         return True
     return any(re.match(saved_module_regex(name), path) for name in config.modules_to_save or ())
-
-
-def _uses_indices(config: HRAConfig) -> bool:
-    """Whether layer indices are set. An empty list means no restriction, but index 0 is a restriction."""
-    return config.layers_to_transform is not None and config.layers_to_transform != []
 
 
 def layer_index(config: HRAConfig, path: str) -> int | None:
@@ -207,17 +188,6 @@ def layer_index(config: HRAConfig, path: str) -> int | None:
         if match := re.match(layer_index_regex(pattern), path):
             return None if match["idx"] is None else int(match["idx"])
     return None
-
-
-def _shortened(targets: set[str], paths: list[str]) -> set[str]:
-    """Replace each target with its shortest suffix that does not match other modules, as PEFT does with long lists.
-
-    The same modules match, with one difference: `layers_to_transform` does not restrict a full path, but it restricts
-    the suffix that replaces the path.
-    """
-    others = {suffix for path in paths if not _matches(targets, path) for suffix in suffixes(path)}
-    short = {next(suffix for suffix in suffixes(target) if suffix not in others) for target in targets}
-    return short if len(short) < len(targets) else targets
 
 
 def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[str]:
@@ -263,7 +233,7 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _adaptable_in(modules: Modules) -> list[str]:
-    return [path for path, module in once(modules).items() if find_kind(module)]
+    return [path for path, module in once(modules).items() if path and find_kind(module)]
 
 
 # ---- error messages ----
@@ -301,29 +271,18 @@ def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> No
         warnings.warn(text, HRAWarning, stacklevel=4)
 
 
-def _wrong_types(chosen: Modules, modules: Modules) -> str:
-    """The message for matched modules with unsupported types: all of them, and fields that select layers instead."""
+def _check_types(chosen: Modules, modules: Modules) -> None:
     wrong = {path: module for path, module in chosen.items() if find_kind(module) is None}
+    if not wrong:
+        return
     kinds = {type(module): type(module).__module__.startswith("torch.ao.") * "torch.ao " for module in wrong.values()}
     named = some_of([f"{path} ({kinds[type(module)]}{type(module).__name__})" for path, module in wrong.items()])
-    text = f"`target_modules` matches {named}, but only {_SUPPORTED} can be adapted. "
-    inside = tuple(f"{path}." for path in wrong)
-    if layers := [path for path in _adaptable_in(modules) if path in chosen or path.startswith(inside)]:
-        return f"{text}Use {_fields_for(layers, list(once(modules)))}."
     hints = (parameters_hint(module, path) for path, module in wrong.items())
-    return text + (next(filter(None, hints), None) or "Remove them from `target_modules`, or use `exclude_modules`.")
-
-
-def _fields_for(layers: list[str], paths: list[str]) -> str:
-    """Fields that select exactly these layers: ends of their paths, perhaps with indices of blocks, or the paths."""
-    blocks = sorted({index for path in layers if (index := layer_index(HRAConfig(), path)) is not None})
-    for count in (1, 2, 3):
-        names = list(dict.fromkeys(".".join(path.split(".")[-count:]) for path in layers))
-        for indices in (None, blocks):
-            trial = HRAConfig(target_modules=names, layers_to_transform=indices)
-            if [path for path in paths if is_target(trial, path, names)] == layers:
-                return f"target_modules={names}" + (f", layers_to_transform={indices}" if indices else "")
-    return f"target_modules={format_names(layers)}"
+    hint = next(filter(None, hints), None) or "Remove them from `target_modules`, or use `exclude_modules`."
+    inside = tuple(f"{path}." for path in wrong)
+    if layers := [path for path in _adaptable_in(modules) if path.startswith(inside)]:
+        hint = f"Use the names of layers in them: {some_of(layers, 4)}."
+    raise SelectionError(f"`target_modules` matches {named}, but only {_SUPPORTED} can be adapted. {hint}")
 
 
 def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
@@ -334,9 +293,7 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     if not layers:
         return f"{class_name} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
     targets = resolve_targets(model, config, modules)
-    shown = f"`target_modules={format_names(config.target_modules)}`"
-    if config.target_modules is None:
-        shown = f"`target_modules={format_names(targets)}`, the default for {_model_type(model)!r},"
+    shown = f"`target_modules={format_names(targets if config.target_modules is None else config.target_modules)}`"
     if not targets:
         return f"{shown} is empty. The layers of {class_name} are called {leaf_names(layers)}."
     matched = [path for path in once(modules) if _matches(targets, path)]
@@ -345,6 +302,4 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
         return f"{shown} matches no module of {class_name}. {hint or suggestion(targets, layers)}"
     given = {name: getattr(config, name) for name in _EXCLUDING}
     fields = " and ".join(f"{name}={value!r}" for name, value in given.items() if value not in (None, [], ""))
-    indices = {index for path in matched if (index := layer_index(config, path)) is not None}
-    text = f"{shown} matches {some_of(matched, 1)}, but none is left after {fields}."
-    return f"{text} Their layer indices are {min(indices)} to {max(indices)}." if indices else text
+    return f"{shown} matches {some_of(matched, 1)}, but none is left after {fields}."

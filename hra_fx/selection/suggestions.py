@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Iterable, Sequence
 
 _SHOWN = 8
@@ -15,31 +14,18 @@ def suffixes(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def suggestion(names: Collection[str] | str, paths: list[str]) -> str:
+def suggestion(names: Collection[str] | str, paths: Iterable[str]) -> str:
     """Return a sentence that helps to correct `names`, which do not match any of `paths`."""
-    known = {suffix for path in paths for suffix in suffixes(path)}
+    known = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if path))
+    given = [names] if isinstance(names, str) else sorted(names)[:_SHOWN]
+    near = dict.fromkeys(guess for name in given for guess in difflib.get_close_matches(name, known))
     if isinstance(names, str):
-        if names in known:
-            return f"A str must match the full path as a regex. To match the end of a path, use the list [{names!r}]."
-        if inside := next((path for path in paths if re.search(names, path)), None):
-            return f"A str must match the full path as a regex, but this one matches only a part of {inside!r}."
-    elif regex := next((name for name in sorted(names) if any(_is_regex_for(name, path) for path in paths)), None):
-        return f"In a list, {regex!r} is a name and not a regex. Use the end of a path, or the str in `target_modules`."
-    near: dict[str, None] = {}
-    for name in [names] if isinstance(names, str) else sorted(names)[:_SHOWN]:
-        alike = [suffix for suffix in known if suffix.count(".") == name.count(".")]
-        near |= dict.fromkeys(difflib.get_close_matches(name, alike))
+        rule, guesses = "A str must match the full path as a regex. ", [f"[{guess!r}]" for guess in near]
+    else:
+        rule, guesses = "", [repr(guess) for guess in near]
     if not near:
-        return f"Available names: {leaf_names(paths)}."
-    guesses = [f"[{guess!r}]" if isinstance(names, str) else repr(guess) for guess in near]
-    return f"Did you mean {' or '.join(guesses[:_SHOWN])}?"
-
-
-def _is_regex_for(name: str, path: str) -> bool:
-    try:
-        return re.fullmatch(name, path) is not None
-    except re.error:
-        return False
+        return f"{rule}Available names: {leaf_names(known)}. A list contains names or ends of paths, not regexes."
+    return f"{rule}Did you mean {' or '.join(guesses[:_SHOWN])}?"
 
 
 def some_of(names: Sequence[str], shown: int = _SHOWN) -> str:

@@ -67,16 +67,12 @@ def test_experts_of_a_class_without_is_transposed() -> None:
 #: Fields of an adapter of the experts, and the error.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
-        {"target_parameters": ["experts.gate_up"]},
-        r"`target_parameters`: 'experts.gate_up' matches no 3-D parameter. Did you mean",
+        {"target_parameters": ["gate_up"]},
+        r"`target_parameters`: 'gate_up' matches no 3-D parameter. Did you mean",
     ),
     (
         {"target_parameters": ["q_proj.weight"]},
         r"'q_proj.weight' matches no 3-D parameter. Available names: .*down_proj.*Layers go into `target_modules`",
-    ),
-    (
-        {"target_parameters": [".*gate_up_proj"]},
-        r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path, or",
     ),
     (
         {"modules_to_save": ["experts"]},

@@ -40,19 +40,18 @@ MESSAGES: list[Case] = [
     (
         tiny_bert,
         {"target_modules": "query"},
-        "A str must match the full path as a regex. To match the end of a path, use the list ['query'].",
+        "A str must match the full path as a regex. Did you mean ['query']?",
     ),
     (
         tiny_bert,
-        {"target_modules": [".*query"]},
-        "In a list, '.*query' is a name and not a regex. Use the end of a path, or the str in",
+        {"target_modules": [".*(k|v)"]},
+        "Available names: 'query', 'key', 'value', 'dense', 'classifier'. A list contains names or ends of paths, not",
     ),
     (
         tiny_bert,
         {"target_modules": []},
         "`target_modules=[]` is empty. The layers of BertForSequenceClassification are called",
     ),
-    (tiny_opt, {"target_modules": ["("]}, "Available names:"),
     (Nested, {}, "must be set: there is no default for Nested, which has no `config.model_type`. Its layers are"),
     (tiny_vit, {}, "`target_modules` must be set: there is no default for model_type 'vit'. Its layers are"),
     (
@@ -63,7 +62,7 @@ MESSAGES: list[Case] = [
     (
         tiny_opt,
         {"layers_to_transform": [7]},
-        "self_attn.v_proj and 5 more, but none is left after layers_to_transform=[7]. Their layer indices are 0 to 2.",
+        "self_attn.v_proj and 5 more, but none is left after layers_to_transform=[7].",
     ),
     (
         Nested,
@@ -96,23 +95,6 @@ def test_messages(make: Callable[[], nn.Module], kwargs: dict[str, Any], message
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize(
-    ("targets", "wanted"),
-    [
-        (r".*layers\.[01].*", r".*layers\.[01].*(proj|fc\d)"),
-        (["layers.1", "self_attn", "v_proj"], r".*(layers\.1(\..*)?|self_attn)\.(\w+_proj|fc\d)"),
-        (r".*\.0", r".*\.0\..*(proj|fc\d)"),
-    ],
-)
-def test_the_error_of_modules_that_are_not_layers_has_fields_that_work(targets: Any, wanted: str) -> None:
-    with pytest.raises(SelectionError, match="but only nn") as caught:
-        select(built(tiny_opt), HRAConfig(target_modules=targets))
-    fields = eval(f"dict({str(caught.value).rpartition(' Use ')[2].removesuffix('.')})")
-    assert list(select(built(tiny_opt), HRAConfig(**fields))) == list(
-        select(built(tiny_opt), HRAConfig(target_modules=wanted))
-    )
-
-
 @pytest.mark.parametrize("excluded", [["fc3"], "fc1"])
 def test_unused_exclusion_warns(excluded: Any) -> None:
     config = HRAConfig(target_modules=["fc1"], exclude_modules=excluded)
@@ -131,9 +113,8 @@ def warned(model: nn.Module, **fields: Any) -> list[str]:
 
 def test_each_name_that_matches_nothing_is_warned_about_once() -> None:
     model = built(tiny_bert)
-    assert warned(model, target_modules=["query", "valeu", "self.kye"]) == [
-        "`target_modules`: the entry 'self.kye' matches no module of BertForSequenceClassification. Did you mean "
-        "'self.key' or 'self.value' or 'self.query'?",
+    assert warned(model, target_modules=["query", "valeu", "kye"]) == [
+        "`target_modules`: the entry 'kye' matches no module of BertForSequenceClassification. Did you mean 'key'?",
         "`target_modules`: the entry 'valeu' matches no module of BertForSequenceClassification. Did you mean 'value'?",
     ]
     # No warning for a name that matches a layer, even if another field excludes this layer.

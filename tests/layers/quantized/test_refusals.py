@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "no data": (lambda: Packed(nn.Linear(64, 32)).to("meta"), r"0 \(Packed\): calling it with \(4, 64\) failed"),
     "two inputs": (lambda: TwoInputs(nn.Linear(64, 32)), r"0 \(TwoInputs\): its forward takes more than one input"),
-    "a module around a layer": (wrapper, r".*Use target_modules=\['0\.0'\]"),
+    "a module around a layer": (wrapper, r".*Use the names of layers in them: 0\.0\."),
     "HQQ, not quantized yet": (
         lambda: HQQLinear(nn.Linear(64, 32), BaseQuantizeConfig(), device="cpu", initialize=False),
         r".*matches 0 \(HQQLinear\)",
