@@ -13,8 +13,7 @@ import torch
 from docs.guide_names import GIVEN, given
 from documents import DOCS, ROOT, python_blocks, run_blocks
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, training_args
+from transformers import training_args
 
 import hra_fx
 
@@ -72,20 +71,6 @@ def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
     torch.manual_seed(0)
     run_blocks(DOCS / f"{name}.md", given(name))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("under_torchrun")
-def test_the_meta_program_gives_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (program,) = (block.text for block in python_blocks(DOCS / "large-models.md") if "to_empty" in block.text)
-    names = given("large-models") | {"hra_fx": hra_fx, "torch": torch, "fully_shard": fully_shard}
-    names["AutoModelForCausalLM"] = AutoModelForCausalLM
-    distributed.init_process_group()
-    exec(program, names)
-    ids = torch.arange(3, 9)[None]
-    wanted = AutoModelForCausalLM.from_pretrained("my-model", dtype=torch.float32)(ids).logits
-    torch.testing.assert_close(names["model"].float()(ids).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

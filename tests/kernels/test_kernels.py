@@ -113,23 +113,6 @@ def frozen(name: str, dtype: torch.dtype = F64) -> tuple[nn.Module, Any, Tensor]
 
 
 @layers
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("of_input", [False, True])
-def test_outputs_and_gradients(name: str, hooked: bool, of_input: bool) -> None:
-    """Of vectors alone; `tests/layers/test_reflection.py` also trains weights and biases."""
-    base, model, x = frozen(name)
-    if hooked:
-        model[0].hra_u.register_forward_hook(lambda *_: None)
-    asked = [model[0].hra_u["default"], *[x.requires_grad_()] * of_input]
-    output, wanted = model(x), run_dense(base, model, x)
-    assert output.is_contiguous()
-    assert relative_error(output, wanted) < 1e-11
-    found, sought = (torch.autograd.grad(one, asked, normal(2, *output.shape)) for one in (output, wanted))
-    for one, other in zip(found, sought, strict=True):
-        assert relative_error(one, other) < 1e-10
-
-
-@layers
 def test_outputs_can_be_modified_in_place(name: str) -> None:
     base, model, x = frozen(name)
     vectors = model[0].hra_u["default"]

@@ -63,7 +63,7 @@ def rotated(layer: nn.Module, weight: Tensor, box: Any, adapter: str = "default"
 def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = ("default",)) -> dict[str, Tensor]:
     """Name of a weight -> `W Q_a Q_b ...` for every adapted layer of `model`, from the weights of `base`.
 
-    Differentiable in the vectors, and in the weights of layers.
+    Differentiable in the vectors and in the weights.
     """
     found: dict[str, Tensor] = {}
     for adapter in adapters:
@@ -76,7 +76,7 @@ def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = (
                 found[name] = rotated(layer, weight, box, adapter)
             else:
                 gs = box.specs[adapter].apply_GS
-                found[name] = dense_experts(weight.detach(), box[adapter], is_transposed(base, name), apply_GS=gs)
+                found[name] = dense_experts(weight, box[adapter], is_transposed(base, name), apply_GS=gs)
     return found
 
 

@@ -44,24 +44,6 @@ def test_each_model_equals_dense_rotated_experts(
     check(base, model, rtol=1e-11 if dtype is F64 else 1e-5, **call_of(name))
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_enable|_kwargs)?` is deprecated:FutureWarning")
-def test_gradient_checkpointing() -> None:
-    base, model = model_pair("qwen3_moe", "eager")
-    for part in (*base.modules(), *model.modules()):
-        if hasattr(part, "attention_dropout"):
-            part.attention_dropout = 0.0
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    check(base, model, **call_of("qwen3_moe"))
-
-
-def test_experts_are_not_reflected_by_one_adapter_and_saved_by_another() -> None:
-    _, model = model_pair("qwen3_moe", "eager")
-    config = hra_fx.HRAConfig(target_modules=["q_proj"], modules_to_save=["0.mlp.experts"])
-    with pytest.raises(hra_fx.UnsupportedLayerError, match="an adapter reflects its gate_up_proj, so it cannot"):
-        hra_fx.add_adapter(model, "full", config)
-
-
 # ---- one forward ----
 
 

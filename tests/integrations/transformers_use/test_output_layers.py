@@ -45,13 +45,6 @@ def reloaded(model: Any, folder: Path) -> Any:
     return other.eval()
 
 
-@kinds
-def test_a_tied_head_is_not_adapted(kind: str) -> None:
-    made = case(kind)
-    with refuses(made.model, f"^{made.head} .*: its weight is tied to ", hra_fx.UnsupportedLayerError):
-        hra_fx.transform(made.model, hra_fx.HRAConfig(r=2, target_modules=[made.inside, made.head]))
-
-
 @pytest.mark.parametrize("kind", ["llama", "bert", "llava"])
 def test_a_trained_copy_of_a_tied_head_is_folded_and_a_saved_model_loads_equal(kind: str, tmp_path: Path) -> None:
     made = case(kind)
