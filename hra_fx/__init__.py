@@ -32,14 +32,14 @@ from hra_fx.version import VERSION
 if TYPE_CHECKING:
     from hra_fx import integrations as integrations
     from hra_fx.api.fold_checkpoint import fold_checkpoint as fold_checkpoint
+    from hra_fx.api.from_peft import from_peft as from_peft
     from hra_fx.api.load import load_adapter as load_adapter
-    from hra_fx.api.peft_model import HRAModel as HRAModel
-    from hra_fx.api.peft_names import (
+    from hra_fx.api.peft_model import (
+        HRAModel as HRAModel,
         PeftModel as PeftModel,
-        from_peft as from_peft,
         get_peft_model as get_peft_model,
     )
-    from hra_fx.api.transform import fold as fold, graphs as graphs, transform as transform
+    from hra_fx.api.transform import transform as transform
     from hra_fx.checkpoint.saving import (
         get_peft_model_state_dict as get_peft_model_state_dict,
         save_adapter as save_adapter,
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
         convert_to_lora as convert_to_lora,
         save_as_lora as save_as_lora,
     )
+    from hra_fx.model.fold import fold as fold
+    from hra_fx.model.graphs import graphs as graphs
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.remove import delete_adapter as delete_adapter
@@ -80,14 +82,10 @@ __version__ = VERSION
 #: Module -> the public names that are imported from it; the same as the block above, which type checkers read.
 _NAMES = {
     "api.fold_checkpoint": ("fold_checkpoint",),
+    "api.from_peft": ("from_peft",),
     "api.load": ("load_adapter",),
-    "api.peft_model": ("HRAModel",),
-    "api.peft_names": (
-        "PeftModel",
-        "from_peft",
-        "get_peft_model",
-    ),
-    "api.transform": ("fold", "graphs", "transform"),
+    "api.peft_model": ("HRAModel", "PeftModel", "get_peft_model"),
+    "api.transform": ("transform",),
     "checkpoint.saving": ("get_peft_model_state_dict", "save_adapter"),
     "config": ("HRAConfig",),
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),
@@ -95,6 +93,8 @@ _NAMES = {
     "integrations.push": ("push_to_hub",),
     "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
+    "model.fold": ("fold",),
+    "model.graphs": ("graphs",),
     "model.remove": ("delete_adapter",),
     "model.merge": ("merge_adapter", "unmerge_adapter"),
     "model.orthogonality": ("orthogonality_loss",),

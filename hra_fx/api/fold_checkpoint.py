@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hra_fx.api.load import load_adapter
-from hra_fx.api.transform import fold
 from hra_fx.atomic_write import flush
 from hra_fx.checkpoint.model_folder import CONFIG, IN_MEMORY, WEIGHTS, Source, load_model, stored_dtypes
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError, HRAWarning
+from hra_fx.model.fold import fold
 from hra_fx.model.state import adapted_layers
 from hra_fx.model.switch import set_adapter
 from hra_fx.removed import without_removed_arguments

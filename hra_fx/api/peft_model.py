@@ -1,4 +1,4 @@
-"""`HRAModel`: an adapted model with the methods and names of PEFT's `HRAModel` and `PeftModel`.
+"""PEFT's names: `HRAModel`, an adapted model with PEFT's methods, `PeftModel` and `get_peft_model`.
 
 The model object itself gets a new class, a subclass of its own class and `HRAModel`. So `isinstance` checks (Trainer,
 pipelines, diffusers) still work, and a wrapper that forwards attributes is not needed.
@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.api.load import load_adapter
-from hra_fx.api.transform import fold, transform
+from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.integrations import pretrained, push
@@ -23,6 +23,7 @@ from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, switch, trainable
+from hra_fx.model.fold import fold
 from hra_fx.model.merge import merge_adapter
 from hra_fx.model.remove import delete_adapter, remove_adapters
 from hra_fx.model.setup import add_adapter
@@ -293,3 +294,43 @@ def as_hra_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, HRAModel):
         swap(model, HRAModel)
     return model
+
+
+#: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.
+PeftModel = HRAModel
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: HRAConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Adapt a model and add PEFT's methods, like `HRAModel`, with the arguments of `peft.get_peft_model`.
+
+    Args:
+        model: any module that `hra_fx.transform` accepts, changed in place.
+        peft_config: an `hra_fx.HRAConfig` or a `peft.HRAConfig`.
+        adapter_name: name of the adapter.
+        mixed, autocast_adapter_dtype: ignored, because all adapters are HRA and vectors are always at least float32.
+        revision: revision of the base model, written into the configuration.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
+
+    Returns:
+        `model`, with PEFT's methods.
+
+    Raises:
+        HRAError: see `HRAModel`.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 12 || all params: 40 || trainable%: 30.0000
+    """
+    adapted = HRAModel(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    if revision is not None:
+        adapted.peft_config[adapter_name].revision = revision
+    return adapted

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
+from hra_fx.api.peft_model import HRAModel
 from hra_fx.checkpoint.folder import PREFIX
 from hra_fx.errors import AdapterError
-from hra_fx.layers.class_swap import SwapMixin, swap, unswap
-from hra_fx.layers.peft_layers import is_of_peft
+from hra_fx.layers.class_swap import SwapMixin
 
 
 class TakenOver(SwapMixin):
@@ -61,17 +60,9 @@ def _of_base(name: str) -> property:
 
 def _adapted_base(wrapper: TakenOver, name: str) -> Any:
     base = wrapper.get_base_model()
-    if not hasattr(type(base), "tuner_layer_cls"):  # not an HRAModel, whose module imports this one
+    if not isinstance(base, HRAModel):
         raise AdapterError(
             f"{name}: the adapters of this {type(wrapper).__name__} were folded or removed. Use the base model, a "
             f"{type(base).__name__}: the result of hra_fx.fold, or get_base_model()."
         )
     return base
-
-
-def hand_over(model: nn.Module, root: nn.Module, undo: ExitStack) -> None:
-    """Make PEFT's wrappers around `root` in `model` use the methods of `root`."""
-    inside = set(root.modules())
-    for module in [module for module in model.modules() if is_of_peft(module) and module not in inside]:
-        undo.callback(unswap, module, TakenOver)
-        swap(module, TakenOver)

@@ -1,24 +1,19 @@
-"""`transform`, `graphs` and `fold`, for eager models and `GraphModule`s."""
+"""`transform`, for eager models and `GraphModule`s."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.export.program import refuse_operators
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
-from hra_fx.model.fold import prepare_fold
-from hra_fx.model.graphs import graph_of
-from hra_fx.model.inject import all_or_nothing, random_init
-from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
+from hra_fx.model.inject import random_init
 from hra_fx.model.setup import checked, put_adapter
-from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers, unwrap
+from hra_fx.model.state import adapted_layers, get_state
 from hra_fx.passes import adapt
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.select import select, with_head
@@ -143,80 +138,3 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
             "adapter, call hra_fx.add_adapter on the transformed model. To start from the adapted weights, fold first."
         )
     return False
-
-
-@without_removed_arguments
-def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
-    """Fold adapters into the weights in place, `W <- W Q`. When all adapters are folded, the model is a plain model.
-
-    It then has the classes, graph, `state_dict` keys and `requires_grad` flags from before `transform`. Only the values
-    of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ. All layers are checked
-    first. Then the weights are written one at a time, computed in float64 if the device supports it.
-
-    If `modules_to_save` trained one of two tied weights, `config.tie_word_embeddings` is set to False, and all tensors
-    that shared memory get their own. A quantized weight cannot be folded: fold into the base model without
-    quantization, or call `save_as_lora`. A `PeftModel` with HRA is used up, as by PEFT's `merge_and_unload`: then its
-    forward runs the folded model, and its other methods raise an error.
-
-    Args:
-        model: a transformed model, or a model with PEFT's HRA.
-        adapter_names: one or more adapters to fold, in this order; the others are kept and act on the new weights.
-            `None` folds the active adapters and removes the others.
-
-    Returns:
-        `model`, or the base model of a `PeftModel`.
-
-    Raises:
-        AdapterError: the model has no adapters or no adapter with one of these names, or other active adapters come
-            before them in the product.
-        FoldError: a weight cannot be folded: it has no data, is quantized or not finite, has linearly dependent
-            Gram-Schmidt vectors, or was tied to another tensor after `transform`. No weight was changed.
-
-    Warns:
-        HRAWarning: adapters that are not active are removed, or `config.tie_word_embeddings` is set to False.
-
-    Example:
-        >>> from torch import nn
-        >>> from hra_fx import HRAConfig, transform
-        >>> model = transform(nn.Sequential(nn.Linear(6, 8)), HRAConfig(r=2, target_modules=["0"]))
-        >>> list(fold(model).state_dict())
-        ['0.weight', '0.bias']
-    """
-    module: Any = without_wrapper(model)
-    with all_or_nothing() as undo:
-        if has_peft_layers(module):
-            root = take_over(module, undo, root_class_for)
-            hand_over(module, root, undo)
-            module = root
-        run = prepare_fold(module, adapter_names)
-    run()
-    return module  # type: ignore[no-any-return]
-
-
-def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
-    """Trace a transformed model into a graph that calls its layers, with a node for each reflection.
-
-    torch.fx traces the model. If it cannot, or if `example_inputs` pass optional arguments, `torch.export` captures
-    this call, as in graph mode. The graph then takes the arguments of this call. Sizes may change if the model allows
-    it. The graph returns the model's outputs, with `None` instead of objects that `torch.export` does not support, such
-    as a cache.
-
-    Args:
-        model: a transformed model.
-        example_inputs: a tuple of positional arguments, a dictionary of keyword arguments, or one tensor.
-
-    Returns:
-        `""` -> the graph of the whole model, with the model's own modules and parameters. Changing the graph does not
-        change the model.
-
-    Raises:
-        AdapterError: the model has no reflections, or cannot be traced. The adapted layers work without a graph.
-
-    Example:
-        >>> from hra_fx import HRAConfig, transform
-        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
-        >>> [node.target for node in graphs(model)[""].graph.nodes if node.op == "call_module"]
-        ['0.hra_u', '0', '1']
-    """
-    require_adapted_layers(model)
-    return {"": graph_of(unwrap(model), example_inputs)}

@@ -38,7 +38,6 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
-from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.model.whole import check_whole
 from hra_fx.selection.select import resolve_targets, targeted
@@ -87,7 +86,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     and the first process writes.
 
     Args:
-        model: a transformed model, or a model with PEFT's HRA, which is not changed.
+        model: a transformed model.
         directory: the folder, created if needed.
         adapter_name: the adapter; `None` for the only adapter, or the only active one.
 
@@ -105,17 +104,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ...     sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    with adapted_view(model) as adapted:
-        root, record = root_of(adapted)
-        candidates = record.configs if len(record.configs) == 1 else record.active
-        if adapter_name is None and len(candidates) != 1:
-            raise AdapterError(
-                f"adapter_name is required: the model has the adapters {list(record.configs)}, with "
-                f"{list(record.active)} active."
-            )
-        name = names_in(record, candidates if adapter_name is None else adapter_name)[0]
-        config, tensors, metadata = _contents(root, record, name, _state_of(root))
-        on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
+    root, record = root_of(model)
+    candidates = record.configs if len(record.configs) == 1 else record.active
+    if adapter_name is None and len(candidates) != 1:
+        raise AdapterError(
+            f"adapter_name is required: the model has the adapters {list(record.configs)}, with "
+            f"{list(record.active)} active."
+        )
+    name = names_in(record, candidates if adapter_name is None else adapter_name)[0]
+    config, tensors, metadata = _contents(root, record, name, _state_of(root))
+    on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
 
 def save_adapters(
@@ -175,7 +173,7 @@ def get_peft_model_state_dict(
     """Return the tensors of an adapter with the keys of its file, like `peft.get_peft_model_state_dict`.
 
     Args:
-        model: a transformed model, or a model with PEFT's HRA.
+        model: a transformed model.
         state_dict: the model's state, if a wrapper has gathered it.
         adapter_name: name of the adapter.
 
@@ -189,10 +187,9 @@ def get_peft_model_state_dict(
         >>> list(get_peft_model_state_dict(model))
         ['base_model.model.0.hra_u']
     """
-    with adapted_view(model) as adapted:
-        root, record = root_of(adapted)
-        names_in(record, adapter_name)
-        return _contents(root, record, adapter_name, _state_of(root) if state_dict is None else state_dict)[1]
+    root, record = root_of(model)
+    names_in(record, adapter_name)
+    return _contents(root, record, adapter_name, _state_of(root) if state_dict is None else state_dict)[1]
 
 
 def _state_of(root: nn.Module) -> dict[str, Tensor]:

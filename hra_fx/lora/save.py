@@ -23,7 +23,6 @@ from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.diffusers_format import adapters_of, parts_of, write_diffusers
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
-from hra_fx.model.peft_view import adapted_view
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Files of transformers, timm and diffusers models, and of pipelines.
@@ -96,7 +95,7 @@ def convert_to_lora(
     becomes a LoRA of rank 1 with zeros.
 
     Args:
-        model: a transformed model, whose adapters may be merged, or a model with PEFT's HRA. It is not changed. With
+        model: a transformed model, whose adapters may be merged. It is not changed. With
             `fully_shard`, all processes must call this function.
         adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`); `None`
             for the active ones.
@@ -127,8 +126,7 @@ def convert_to_lora(
         >>> {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         {'base_model.model.0.lora_A.weight': (2, 6), 'base_model.model.0.lora_B.weight': (4, 2)}
     """
-    with adapted_view(model) as adapted:
-        adapter = lora_adapter(adapted, adapter_names, rank)
+    adapter = lora_adapter(model, adapter_names, rank)
     _warn_if_unchanged([adapter])
     return peft_form(adapter, torch.float32)
 
@@ -149,7 +147,7 @@ def save_as_lora(
     Args:
         model_or_pipeline: a transformed model, which is saved as a folder in PEFT's format; or a diffusers pipeline
             with transformed parts, or a UNet or transformer of diffusers, which is saved as a folder for
-            `pipe.load_lora_weights`. The adapters may also be PEFT's HRA. It is not changed.
+            `pipe.load_lora_weights`. It is not changed.
         path: the folder, created if needed; or a file that ends in ".gguf", for llama.cpp.
         adapter_names: as in `convert_to_lora`. Parts of a pipeline without any of them are left out.
         rank: as in `convert_to_lora`.
@@ -180,15 +178,14 @@ def save_as_lora(
     if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
         raise AdapterError(f"GGUF files are for language models, got {name}. Pass a folder to save a pipeline.")
-    with adapted_view(model_or_pipeline) as adapted:
-        parts = parts_of(adapted) if file_format == "peft" else {}
-        if parts:
-            file_format, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
-        else:
-            adapters = {"": lora_adapter(adapted, adapter_names, rank)}
-            parts = {"": adapted}
-        tensors = [tensor for part in parts.values() for tensor in part.parameters()]
-        result = on_first_rank(tensors, lambda: _write(adapters, path, file_format, checked))
+    parts = parts_of(model_or_pipeline) if file_format == "peft" else {}
+    if parts:
+        file_format, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
+    else:
+        adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
+        parts = {"": model_or_pipeline}
+    tensors = [tensor for part in parts.values() for tensor in part.parameters()]
+    result = on_first_rank(tensors, lambda: _write(adapters, path, file_format, checked))
     _warn_if_unchanged(adapters.values())
     return result
 

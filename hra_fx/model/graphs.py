@@ -13,13 +13,42 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError, CaptureError, HRAWarning
 from hra_fx.example_inputs import Call, normalize_inputs
 from hra_fx.layers.target import find_kind
-from hra_fx.model.state import adapted_layers, base_model_view
+from hra_fx.model.state import adapted_layers, base_model_view, require_adapted_layers, unwrap
 from hra_fx.passes.capture import capture_in_eval
 from hra_fx.passes.compare import ExampleError, compare_call
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.insert import insert
 from hra_fx.passes.match import match
 from hra_fx.passes.trace import refusal, trace, trace_by_fx
+
+
+def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
+    """Trace a transformed model into a graph that calls its layers, with a node for each reflection.
+
+    torch.fx traces the model. If it cannot, or if `example_inputs` pass optional arguments, `torch.export` captures
+    this call, as in graph mode. The graph then takes the arguments of this call. Sizes may change if the model allows
+    it. The graph returns the model's outputs, with `None` instead of objects that `torch.export` does not support, such
+    as a cache.
+
+    Args:
+        model: a transformed model.
+        example_inputs: a tuple of positional arguments, a dictionary of keyword arguments, or one tensor.
+
+    Returns:
+        `""` -> the graph of the whole model, with the model's own modules and parameters. Changing the graph does not
+        change the model.
+
+    Raises:
+        AdapterError: the model has no reflections, or cannot be traced. The adapted layers work without a graph.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
+        >>> [node.target for node in graphs(model)[""].graph.nodes if node.op == "call_module"]
+        ['0.hra_u', '0', '1']
+    """
+    require_adapted_layers(model)
+    return {"": graph_of(unwrap(model), example_inputs)}
 
 
 def graph_of(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:

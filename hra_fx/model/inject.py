@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from hra_fx.config import HRAConfig
@@ -21,14 +19,6 @@ from hra_fx.model.state import is_adapted
 
 #: Adds one adapter to a layer: (path, layer, the adapters of the layer).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
-
-
-@contextmanager
-def all_or_nothing() -> Iterator[ExitStack]:
-    """Context manager with a stack of undo steps, which run if the block raises an error. Inference mode is off."""
-    with torch.inference_mode(False), ExitStack() as undo:
-        yield undo
-        undo.pop_all()
 
 
 def inject_adapter(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], fill: AdapterFactory) -> None:

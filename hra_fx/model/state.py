@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ class AdapterState:
         disabled_calls: the number of calls of `disable_adapters` without a block.
         disabled_blocks: the number of open `with disable_adapters(...)` blocks, in all threads.
         frozen: names of the parameters that `transform` froze.
+        layers: all adapted layers, so that a forward does not need to search for them.
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -48,26 +48,7 @@ class AdapterState:
     disabled_calls: int = 0
     disabled_blocks: int = 0
     frozen: tuple[str, ...] = ()
-    _layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
-
-    @property
-    def layers(self) -> tuple[nn.Module, ...]:
-        """All adapted layers, so that a forward does not need to search for them. Only the model keeps them alive."""
-        found = [reference() for reference in self._layers]
-        return tuple([layer for layer in found if layer is not None])
-
-    @layers.setter
-    def layers(self, layers: Iterable[nn.Module]) -> None:
-        self._layers = [weakref.ref(layer) for layer in layers]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state with references to the layers, which are copied and pickled with the model."""
-        return {**vars(self), "_layers": self.layers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the state that `__getstate__` returned."""
-        vars(self).update(state)
-        self.layers = state["_layers"]
+    layers: tuple[nn.Module, ...] = ()
 
 
 def get_state(model: nn.Module) -> AdapterState | None:
@@ -210,11 +191,17 @@ def _no_adapters(model: nn.Module) -> AdapterError:
 
 
 def unwrap(model: M) -> M:
-    """The model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`, or the model itself."""
+    """The model inside DDP, `DataParallel`, `torch.compile` or a `PeftModel` of `from_peft`, or the model itself."""
     inner: Any = model
-    while (is_compiled := is_compiled_module(inner)) or isinstance(inner, _PARALLEL):
-        inner = inner._modules["_orig_mod" if is_compiled else "module"]
-    return inner  # type: ignore[no-any-return]
+    while True:
+        if is_compiled_module(inner):
+            inner = inner._modules["_orig_mod"]
+        elif isinstance(inner, _PARALLEL):
+            inner = inner.module
+        elif getattr(type(inner), "_hra_is_taken_over", False):
+            inner = inner.get_base_model()
+        else:
+            return inner  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from torch import nn
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
-from hra_fx.model.peft_view import adapted_view
-from hra_fx.model.state import get_state, require_adapted_layers
+from hra_fx.model.state import get_state, require_adapted_layers, unwrap
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading
 from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter, not_adapted, skipped_parameters
@@ -101,7 +100,7 @@ def report(model: nn.Module) -> Report:
     with a thin matrix, so no `d x d` matrix is created.
 
     Args:
-        model: a transformed model, or a model with PEFT's HRA, which is not changed.
+        model: a transformed model.
 
     Returns:
         A `Report`. It contains the rows as data, and printing it shows a table.
@@ -116,10 +115,10 @@ def report(model: nn.Module) -> Report:
         >>> row.path, row.layer_type, row.d, row.r, row.angles
         ('0', 'Linear 6->8', 6, 2, ())
     """
-    with adapted_view(model) as module:
-        rows = _rows(module)
-        skipped, trained = not_adapted(module)
-        return Report(rows, skipped, trained, skipped_parameters(module))
+    model = unwrap(model)
+    rows = _rows(model)
+    skipped, trained = not_adapted(model)
+    return Report(rows, skipped, trained, skipped_parameters(model))
 
 
 def _rows(model: nn.Module) -> tuple[Row, ...]:

@@ -18,7 +18,6 @@ from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.example_inputs import Call, normalize_inputs
 from hra_fx.export.program import is_program
 from hra_fx.model.graphs import drawn_graph
-from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.columns import is_identity
 from hra_fx.reporting.report import Report, report
@@ -50,19 +49,18 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
             "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
             f"got {type(model).__name__}."
         )
-    with adapted_view(model) as adapted:
-        model = unwrap(adapted)
-        layers = adapted_layers(model)
-        if "" in layers:
-            raise VisualizeError(
-                f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
-                "layer's path as `focus`."
-            )
-        found = report(model) if layers else Report(())
-        graph = drawn_graph(model, example_inputs)
-        if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
-            _note_shapes(graph, normalize_inputs(example_inputs))
-        subject = subject_of(model, graph)
+    model = unwrap(model)
+    layers = adapted_layers(model)
+    if "" in layers:
+        raise VisualizeError(
+            f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
+            "layer's path as `focus`."
+        )
+    found = report(model) if layers else Report(())
+    graph = drawn_graph(model, example_inputs)
+    if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
+        _note_shapes(graph, normalize_inputs(example_inputs))
+    subject = subject_of(model, graph)
     name, picture = subject.classes.get("", type(model).__name__), leaves_of(subject)
     _mark(picture, found)
     facts = _facts(subject, found) + " · not trained yet (identity)" * is_identity(found.rows)

@@ -32,7 +32,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     `skipped` (the reason), and nodes of layers that are trained in full have `trained_in_full` (their paths).
 
     Args:
-        model: a module, transformed, with PEFT's HRA, plain or folded, a `torch.fx.GraphModule` or a
+        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a
             `torch.export.ExportedProgram`.
         example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
             the whole model, or if the call passes optional arguments.

@@ -37,7 +37,7 @@ def visualize(
     Colors show how much each weight changes, `|W Q - W| / |W|`, or the mean angle if no weight can be read.
 
     Args:
-        model: a module, transformed, with PEFT's HRA, plain or folded, a `torch.fx.GraphModule` or a
+        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a
             `torch.export.ExportedProgram`.
         path: the file; its folder must exist.
         example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace

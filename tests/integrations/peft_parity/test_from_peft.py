@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import peft
 import pytest
 import torch
 from model.many import refuses
-from oracles import relative_error
+from oracles import dense_q, dense_weight, relative_error
+from peft.tuners.hra import HRALayer
 from peft_sides import (
     CASES,
     F32,
@@ -92,9 +94,6 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
     refused(lora, r"query: this layer is from another PEFT method \(Linear\)\. Only HRA can be converted\.")
     with peft_warnings_ignored():
         peft.inject_adapter_in_model(peft.HRAConfig(r=2, target_modules=["conv"]), lora.get_base_model(), "hra")
-    for act in (hra_fx.report, hra_fx.fold):
-        with pytest.raises(hra_fx.AdapterError, match=r"query: this layer is from another PEFT method \(Linear\)"):
-            act(lora)
     merged = randomised_by_peft()
     merged.merge_adapter()
     refused(merged, r"query: adapters \['default'\] are merged\. First call unmerge_adapter\(\) on the PEFT model\.")
@@ -113,10 +112,64 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
         hra_fx.from_peft(3)  # type: ignore[arg-type]
 
 
+def dense(layer: Any) -> tuple[Tensor, Tensor]:
+    """`W` and `W Q_a Q_b ...` of a layer of PEFT, in float64."""
+    weight = rotated = layer.base_layer.weight.detach().double()
+    for name in layer.active_adapters:
+        if name in layer.hra_u:
+            rotated = dense_weight(rotated, dense_q(layer.hra_u[name].detach(), apply_GS=layer.hra_apply_GS[name]))
+    return weight, rotated
+
+
+@pytest.mark.parametrize("case", [*CASES, "two adapters"])
+def test_lora_and_fold_are_those_of_the_dense_product(case: str, tmp_path: Path) -> None:
+    """Also of the `PeftModel`, which the fold uses up."""
+    model = with_two_by_peft() if case == "two adapters" else randomised_by_peft(case)
+    base, output = model.get_base_model(), model(tokens())
+    wanted = {path: dense(layer)[1] for path, layer in base.named_modules() if isinstance(layer, HRALayer)}
+    hra_fx.from_peft(model)
+    hra_fx.save_as_lora(model, tmp_path)
+    with peft_warnings_ignored():
+        served = peft.PeftModel.from_pretrained(net(F64), tmp_path)
+    assert relative_error(served(tokens()), output) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hra_fx.HRAWarning)  # the other adapter is removed
+        folded = hra_fx.fold(model)
+    assert folded is base and type(folded) is Net and [*folded.state_dict()] == [*net().state_dict()]
+    for path, weight in wanted.items():
+        assert relative_error(folded.get_submodule(path).weight, weight) < 1e-6, path
+    for whole in (folded, model):
+        assert relative_error(whole(tokens()), output) < 1e-6  # PEFT computes some layers in float32
+    for use in (lambda: model.save_pretrained("unused"), lambda: model.base_model.merge_and_unload()):
+        with pytest.raises(hra_fx.AdapterError, match=r"were folded or removed\. Use the base model, a Net: the"):
+            use()
+
+
+def test_models_that_contain_a_model_of_peft() -> None:
+    """A wrapper such as DistributedDataParallel, a user's module, and the tuner without a `PeftModel`."""
+    whole = nn.Module()
+    whole.encoder = randomised_by_peft()
+    wrappers = (nn.DataParallel, torch.compile, lambda model: model.base_model)
+    for model in (whole, *(wrap(randomised_by_peft()) for wrap in wrappers)):
+        ours = hra_fx.from_peft(model)
+        assert type(hra_fx.fold(ours)) is Net and ours in set(model.modules())
+    model = randomised_by_peft()
+    refused(model.get_base_model().body, r"^Body is a part of a model with PEFT adapters\. Pass the whole")
+    both = nn.ModuleList([model, randomised_by_peft()])
+    refused(both, r"^ModuleList contains 2 models with PEFT adapters\. Pass one of")
+
+
 def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
     model = randomised_by_peft()
-    for step in (hra_fx.orthogonality_loss, hra_fx.graphs):
+    for step in (
+        hra_fx.report,
+        hra_fx.fold,
+        hra_fx.graphs,
+        hra_fx.convert_to_lora,
+        hra_fx.get_peft_model_state_dict,
+        lambda model: hra_fx.save_adapter(model, "unused"),
+    ):
         with pytest.raises(hra_fx.AdapterError, match=rf" was adapted by PEFT \(base_model.*query\), .*{advice}"):
             step(model)
     for step in (
