@@ -35,6 +35,7 @@ from hra_fx.layers.target import REFLECTION
 _PLAIN = (Tensor, nn.Parameter)
 #: Dtypes in which layers compute.
 _COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NOTHING: list[Any] = []
 #: The keyword arguments of a graph.
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
@@ -124,9 +125,11 @@ def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: M
             dtype = products_dtype(tensors[0].device, dtype)
         versions = compat.tensor_versions(tensors)
         factors = batched_factors(tensors, group.forms, dtype)
-        watched, size = list(zip(group.holders, group.names, tensors, versions, strict=True)), len(group.owners)
+        watched: list[Any] = list(zip(group.holders, group.names, tensors, versions, strict=True))
+        size = len(group.owners)
         for index, owner in enumerate(group.owners):
-            run.prepared[owner] = *factors[index], watched[index::size]
+            others = watched[index + size :: size] if len(group.forms) > 1 else _NOTHING
+            run.prepared[owner] = *factors[index], *watched[index], others
     RUNNING.generation = None
     with contextlib.suppress(TypeError):  # no cache, or a tuple, which has no weak references
         RUNNING.generation = weakref.ref(model), weakref.ref(cache), run

@@ -65,19 +65,18 @@ class AdaptedLinear(AdaptedLayer):
             run = None if is_dynamo_compiling() else RUNNING.run
             found = None if run is None else run.prepared.get(adapters)
             # The usual case of `factors_for`, here because a call takes as long as a small operator.
-            if (
-                run is not None
-                and found is not None
-                and run.changes == Changes.count
-                and run.has_graph is torch.is_grad_enabled()
-                and found[0].dtype is input.dtype
-                and not compat.is_dispatch_mode_active()
-            ):
-                rows, down, watched = found
-                for holder, name, tensor, version in watched:
-                    if holder.get(name) is not tensor or (version >= 0 and tensor._version != version):
-                        break
-                else:
+            if run is not None and found is not None:
+                rows, down, holder, name, vectors, version, others = found
+                if (
+                    run.changes == Changes.count
+                    and run.has_graph is torch.is_grad_enabled()
+                    and rows.dtype is input.dtype
+                    and holder.get(name) is vectors
+                    and not others
+                    and version >= 0  # a tensor of inference mode has no version
+                    and vectors._version == version
+                    and not compat.is_dispatch_mode_active()
+                ):
                     return linear(input, (rows, down), weight, bias)
             factors = factors_for(adapters, input)
             return F.linear(input, weight, bias) if factors is None else linear(input, factors, weight, bias)

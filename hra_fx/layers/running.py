@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,9 @@ from hra_fx import compat
 from hra_fx.functional.householder import products_dtype
 from hra_fx.kernels.factors import Factors
 
-#: A tensor that factors were computed from: where its module has it, itself, and its version at that time.
-Watched: TypeAlias = tuple[dict[str, Any], str, Tensor, int]
-#: The factors of a layer, `R` and `F`, and what they were computed from.
-Prepared: TypeAlias = tuple[Tensor, Tensor, list[Watched]]
+#: The factors of a layer, `R` and `F`, and the parameter that they were computed from: where the container has it, its
+#: name, the parameter, and its version at that time. The last entry has the same facts of other adapters of the layer.
+Prepared: TypeAlias = tuple[Tensor, Tensor, dict[str, Any], str, Tensor, int, list[Any]]
 
 
 class Changes:
@@ -99,9 +98,9 @@ def prepared_factors(adapters: Any, x: Tensor) -> Factors | None:
         return None
     if (torch.is_grad_enabled() and not run.has_graph) or compat.is_dispatch_mode_active():
         return None
-    rows, down, watched = found
-    for place, name, tensor, version in watched:
-        if place.get(name) is not tensor or (version >= 0 and tensor._version != version):
+    rows, down, *first, others = found
+    for holder, name, tensor, version in [cast(Any, first), *others]:
+        if holder.get(name) is not tensor or (version >= 0 and tensor._version != version):
             return None
     if rows.dtype is x.dtype:
         return rows, down
