@@ -74,7 +74,7 @@ class AdaptedLinear(AdaptedLayer):
                     and holder.get(name) is vectors
                     and not others
                     and version >= 0  # a tensor of inference mode has no version
-                    and vectors._version == version
+                    and compat.VERSION(vectors) == version
                     and not compat.is_dispatch_mode_active()
                 ):
                     return linear(input, (rows, down), weight, bias)

@@ -100,7 +100,7 @@ def prepared_factors(adapters: Any, x: Tensor) -> Factors | None:
         return None
     rows, down, *first, others = found
     for holder, name, tensor, version in [cast(Any, first), *others]:
-        if holder.get(name) is not tensor or (version >= 0 and tensor._version != version):
+        if holder.get(name) is not tensor or (version >= 0 and compat.VERSION(tensor) != version):
             return None
     if rows.dtype is x.dtype:
         return rows, down
