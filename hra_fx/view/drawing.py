@@ -24,7 +24,7 @@ from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.subject import Subject, subject_of
-from hra_fx.view.tree import Leaf, prefixes
+from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Drawing:
     facts: str  # one line: the number of adapted layers, their ranks and parameters
     picture: nx.DiGraph[str]  # the leaves, and the flow of values between them; see `graph.leaves_of`
     report: Report  # empty for a plain model
+
+    def title_of(self, root: Scope) -> str:
+        """The title of the picture of the model, or of a module in it."""
+        return f"{root.path} in {self.title}" if root.path else self.title
 
 
 def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:

@@ -14,9 +14,9 @@ import networkx as nx
 
 from hra_fx.reporting.words import shorten
 from hra_fx.view.heatmap import Cells, Heatmap
-from hra_fx.view.opening import Block
+from hra_fx.view.opening import Opening, look_of
 from hra_fx.view.theme import width
-from hra_fx.view.tree import Edge, Leaf, Scope, span
+from hra_fx.view.tree import Edge, Item, Leaf, Scope, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
@@ -45,7 +45,7 @@ class Size:
 class Route:
     """An edge: vertical segments `(x, from y, to y)` from top to bottom, joined by curves in the gaps between rows."""
 
-    edge: Edge  # its source is `~p` for port p of the scope, and its target -1 for the lower border
+    edge: Edge
     pieces: tuple[tuple[float, float, float], ...]
 
 
@@ -73,78 +73,65 @@ def rows_of(count: int, edges: Sequence[Edge]) -> list[int]:
 class Layout:
     """Boxes in given rows, in which every edge points down.
 
-    The ports are in the first row. `outputs` get an edge to the lower border, a box of size 0 alone in the last row.
-
     Attributes:
         width: of all boxes and edges.
         height: of all rows.
-        corners: the upper left corner of each box, and then of each port.
-        routes: `edges`, and those to the lower border.
-        enter: the x of each port.
-        leave: the x at which edges enter the lower border.
+        x: the center of each box.
+        top: the upper edge of each box, which is vertically centered in its row.
+        routes: the edges.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[Size],
-        edges: Sequence[Edge],
-        outputs: Sequence[int],
-        ports: Sequence[Size],
-        rows: Sequence[int],
-    ) -> None:
-        """Place all boxes. `rows` has the row of each box, such as from `rows_of`."""
-        self.sizes = [*sizes, *ports, Size(0, 0)]
-        self._lower = len(self.sizes) - 1
-        count, self._ports = len(sizes), range(len(sizes), self._lower)
-        links = [edge._replace(source=count + ~edge.source) if edge.source < 0 else edge for edge in edges]
-        self.links = list(dict.fromkeys(links + [Edge(box, self._lower, 0) for box in outputs]))
-        self.row = [*(row + 1 for row in rows), *(0 for _ in ports), max(rows, default=-1) + 2]
-        self.rows: list[list[int]] = [[] for _ in range(self.row[self._lower] + 1)]
-        for box, row in enumerate(self.row):
-            self.rows[row].append(box)
-        self._place_all(bool(outputs))
-        self.lanes = self._lanes()
-        lefts = (self.x[box] - self.sizes[box].width / 2 for box in range(self._lower))
-        left = min([*lefts, *(x - 1 for x in self.lanes.values())], default=0.0)
-        right = max([*map(self._right, range(self._lower)), *(x + 1 for x in self.lanes.values())], default=0.0)
-        self.width, self.height = right - left, self.bottoms[-1]
-        self.corners = [(self.x[i] - self.sizes[i].width / 2 - left, self._top(i)) for i in range(self._lower)]
+    def __init__(self, sizes: Sequence[Size], edges: Sequence[Edge], rows: Sequence[int], *, has_ports: bool) -> None:
+        """Place all boxes. With `has_ports`, the first row follows the second one, and not the other way round."""
+        self.sizes, self.edges, self.row = sizes, edges, rows
+        self.rows = [[box for box, own in enumerate(rows) if own == row] for row in range(max(rows) + 1)]
+        self.x = [0.0] * len(sizes)
+        for boxes in self.rows[has_ports:]:
+            self._place(boxes, {box: self._above(box) for box in boxes})
+        if has_ports:
+            right = max(map(self._right, self.rows[1]), default=0.0)
+            self._place(self.rows[0], {port: self._below(port) or [right] for port in self.rows[0]})
+        heights = [max((sizes[box].height for box in boxes), default=0.0) for boxes in self.rows]
+        self.tops = [sum(heights[:row]) + row * GAP_Y for row in range(len(heights))]
+        self.bottoms = [top + height for top, height in zip(self.tops, heights, strict=True)]
+        self.top = [
+            (self.tops[row] + self.bottoms[row] - size.height) / 2 for row, size in zip(rows, sizes, strict=True)
+        ]
+        lanes = self._lanes()
+        left = min([*map(self._left, range(len(sizes))), *(x - 1 for x in lanes.values())])
+        self.x, self.lanes = [x - left for x in self.x], {edge: x - left for edge, x in lanes.items()}
+        self.width = max([*map(self._right, range(len(sizes))), *(x + 1 for x in self.lanes.values())])
+        self.height = self.bottoms[-1]
         ends = self._ends()
-        self.routes = tuple(self._route(link, ends[link], left) for link in self.links)
-        self.enter, self.leave = tuple(self.x[port] - left for port in self._ports), self.x[self._lower] - left
+        self.routes = tuple(Route(edge, self._pieces(edge, ends[edge])) for edge in edges)
 
-    def _place_all(self, has_outputs: bool) -> None:
-        """Set the x of each box, and the top and the bottom of each row."""
-        self.x = [0.0] * len(self.sizes)
-        below: dict[int, list[float]] = {port: [] for port in self._ports}
-        above: list[list[tuple[int, int]]] = [[] for _ in self.sizes]
-        for source, target, port, _ in self.links:
-            if self.row[source] == self.row[target] - 1:
-                above[target].append((source, port))
-        for boxes in self.rows[1:]:
-            starts = {
-                box: [self.x[i] + self.sizes[i].leave - self.sizes[box].enter[port] for i, port in above[box]]
-                for box in boxes
-            }
-            self._place(boxes, starts)
-        for box in self.rows[1]:
-            for source, port in above[box]:
-                below[source].append(self.x[box] + self.sizes[box].enter[port])
-        right = max(map(self._right, self.rows[1]), default=0.0)
-        ends = {port: places or [right] for port, places in below.items()}
-        self._place(self.rows[0], ends)
-        self.tops, self.bottoms = [0.0], [max((self.sizes[port].height for port in self._ports), default=0.0)]
-        y = self.bottoms[0] + GAP_Y * bool(self._ports)
-        for boxes in self.rows[1:-1]:
-            self.tops.append(y)
-            self.bottoms.append(y + max((self.sizes[box].height for box in boxes), default=0))
-            y = self.bottoms[-1] + GAP_Y
-        self.tops.append(y if has_outputs else self.bottoms[-1])
-        self.bottoms.append(self.tops[-1])
+    def _left(self, box: int) -> float:
+        return self.x[box] - self.sizes[box].width / 2
+
+    def _right(self, box: int) -> float:
+        return self.x[box] + self.sizes[box].width / 2
+
+    def _start(self, edge: Edge) -> float:
+        return self.x[edge.source] + self.sizes[edge.source].leave
+
+    def _end(self, edge: Edge) -> float:
+        return self.x[edge.target] + self.sizes[edge.target].enter[edge.port]
+
+    def _is_short(self, edge: Edge) -> bool:
+        return self.row[edge.target] - self.row[edge.source] == 1
+
+    def _above(self, box: int) -> list[float]:
+        """The x of a box for which each edge from the row above is straight."""
+        edges = [edge for edge in self.edges if edge.target == box and self._is_short(edge)]
+        return [self._start(edge) - self.sizes[box].enter[edge.port] for edge in edges]
+
+    def _below(self, port: int) -> list[float]:
+        """The x of a port for which each edge to the row below is straight."""
+        return [self._end(edge) for edge in self.edges if edge.source == port and self._is_short(edge)]
 
     def _place(self, boxes: list[int], wishes: Mapping[int, list[float]]) -> None:
         """Place a row: each box at the mean of its wishes, with gaps between boxes, and balanced sides."""
-        wanted = {box: sum(wishes[box]) / len(wishes[box]) if wishes[box] else 0.0 for box in boxes}
+        wanted = {box: sum(wishes[box]) / max(len(wishes[box]), 1) for box in boxes}
         boxes.sort(key=lambda box: (wanted[box], box))
         free = float("-inf")
         for box in boxes:
@@ -155,173 +142,164 @@ class Layout:
         for box in boxes:
             self.x[box] += shift
 
-    def _right(self, box: int) -> float:
-        return self.x[box] + self.sizes[box].width / 2
-
-    def _lanes(self) -> dict[tuple[int, int, int], float]:
+    def _lanes(self) -> dict[Edge, float]:
         """The x of each long edge beside the rows that it passes, on the side with the shorter way.
 
         Shorter edges are closer to the boxes.
         """
-        ends = {(source, target, port): (self.row[source], self.row[target]) for source, target, port, _ in self.links}
-        passed = {link: range(above + 1, below) for link, (above, below) in ends.items() if below - above > 1}
-        lanes: dict[tuple[int, int, int], float] = {}
-        for source, target, port in sorted(passed, key=lambda link: (len(passed[link]), link)):
-            rows = passed[source, target, port]
-            boxes = [box for row in rows for box in self.rows[row]]
-            others = [x for other, x in lanes.items() if set(rows) & set(passed[other])]
+        passed = {edge: range(self.row[edge.source] + 1, self.row[edge.target]) for edge in self.edges}
+        lanes: dict[Edge, float] = {}
+        for edge in sorted(filter(passed.__getitem__, passed), key=lambda edge: (len(passed[edge]), edge)):
+            boxes = [box for row in passed[edge] for box in self.rows[row]]
+            others = [x for other, x in lanes.items() if set(passed[edge]) & set(passed[other])]
             right = max([*map(self._right, boxes), *others]) + LANE
-            left = min([*(self.x[box] - self.sizes[box].width / 2 for box in boxes), *others]) - LANE
-            way = (self.x[source] + self.sizes[source].leave, self.x[target] + self.sizes[target].enter[port])
-            lanes[source, target, port] = min(right, left, key=lambda x: sum(abs(x - end) for end in way))
+            left = min([*map(self._left, boxes), *others]) - LANE
+            way = self._start(edge), self._end(edge)
+            lanes[edge] = min(right, left, key=lambda x: sum(abs(x - end) for end in way))
         return lanes
-
-    def _top(self, box: int) -> float:
-        """The upper edge of a box, which is vertically centered in its row."""
-        row = self.row[box]
-        return (self.tops[row] + self.bottoms[row] - self.sizes[box].height) / 2
-
-    def _route(self, link: Edge, end: float, left: float) -> Route:
-        source, target, *_ = link
-        above, below = self.row[source], self.row[target]
-        begin = self._top(source) + self.sizes[source].height
-        pieces = [(self.x[source] + self.sizes[source].leave, begin, self.bottoms[above])]
-        if below - above > 1:
-            pieces.append((self.lanes[link[:3]], self.tops[above + 1], self.bottoms[below - 1]))
-        pieces.append((end, self.tops[below], self._top(target)))
-        shifted = tuple((x - left, start, stop) for x, start, stop in pieces)
-        begins = source if source not in self._ports else ~self._ports.index(source)
-        return Route(link._replace(source=begins, target=-1 if target == self._lower else target), shifted)
 
     def _ends(self) -> dict[Edge, float]:
         """The x at which each edge enters: the straightest edge at the port, others on the side they come from."""
         by_port: dict[tuple[int, int], list[tuple[float, Edge]]] = {}
-        for link in self.links:  # each with the x from which it comes
-            source, target, port, _ = link
-            start = self.lanes.get(link[:3], self.x[source] + self.sizes[source].leave)
-            by_port.setdefault((target, port), []).append((start, link))
+        for edge in self.edges:  # each with the x from which it comes
+            by_port.setdefault(edge[1:3], []).append((self.lanes.get(edge, self._start(edge)), edge))
         ends: dict[Edge, float] = {}
         for (target, port), coming in by_port.items():
-            size, entry = self.sizes[target], self.x[target] + self.sizes[target].enter[port]
+            size, entry = self.sizes[target], self._end(coming[0][1])
             coming.sort()
             straight = min(range(len(coming)), key=lambda place: abs(coming[place][0] - entry))
             room = max(size.width / 2 - abs(size.enter[port]) - 10, 0.0)
             step = min(16.0, room / max(straight, len(coming) - 1 - straight, 1))
-            ends.update((link, entry + (place - straight) * step) for place, (_, link) in enumerate(coming))
+            ends.update((edge, entry + (place - straight) * step) for place, (_, edge) in enumerate(coming))
         return ends
+
+    def _pieces(self, edge: Edge, end: float) -> tuple[tuple[float, float, float], ...]:
+        above, below = self.row[edge.source], self.row[edge.target]
+        first = (self._start(edge), self.top[edge.source] + self.sizes[edge.source].height, self.bottoms[above])
+        beside = [(self.lanes[edge], self.tops[above + 1], self.bottoms[below - 1])] if edge in self.lanes else []
+        return (first, *beside, (end, self.tops[below], self.top[edge.target]))
 
 
 @dataclass(frozen=True)
 class Box:
-    """A placed block. `x` and `y` are the position of its upper left corner in its parent."""
+    """A placed item. `x` and `y` are the position of its upper left corner in its parent."""
 
-    block: Block
-    size: Size
+    item: Item
+    look: str
     name: str
     detail: str
     count: str  # "× 6" for six modules
     tip: str  # the tooltip
+    size: Size = Size(0, 0)
     strip: str = ""  # the text of the adapter
     heat: str = ""  # the color of the strip, if a heatmap is shown
     cells: Cells = field(default_factory=Cells)
     x: float = 0.0
     y: float = 0.0
-    parts: tuple[Box, ...] = ()
+    parts: tuple[Box, ...] | None = None  # `None` if it is not open
     ports: tuple[tuple[str, float, float], ...] = ()  # name, left and width; empty if there is only one
-    routes: tuple[Route, ...] = ()
+    routes: tuple[Route, ...] = ()  # between the parts, the ports and the lower border, numbered in this order
     body: tuple[float, float] = (0.0, 0.0)  # the position of the inside
 
+    def looks(self) -> set[str]:
+        """The looks of all boxes inside."""
+        return {look for part in self.parts or () for look in (part.look, *part.looks())}
 
-def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
-    """Compute the size of a block, and place everything inside it. The root does not have a border or a title."""
-    item = block.item
-    name = shorten(span(item), _PORT if block.look == "port" else _LETTERS)
+
+def place(item: Item, is_open: Opening, heatmap: Heatmap, *, root: bool = False) -> Box:
+    """Compute the size of an item, and place everything inside it. The root does not have a border or a title."""
+    opened = isinstance(item, Scope) and is_open(item)
+    look = look_of(item, opened=opened)
+    name = shorten(span(item), _PORT if look == "port" else _LETTERS)
     detail = shorten(item.detail if isinstance(item, Leaf) else item.class_name, _LETTERS)
     count = f"× {item.count}" if item.count > 1 else ""
-    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, _tip(block, heatmap))
-    return _single(box, heatmap) if block.parts is None else _open(box, block.parts, heatmap, root=root)
+    box = Box(item, look, name, "" if detail == name else detail, count, _tip(item, heatmap, opened=opened))
+    if isinstance(item, Scope) and opened:
+        return _open(box, item, [place(part, is_open, heatmap) for part in item.items], root=root)
+    return _single(box, heatmap)
 
 
-def _tip(block: Block, heatmap: Heatmap) -> str:
+def _tip(item: Item, heatmap: Heatmap, *, opened: bool) -> str:
     """The tooltip: the adapted layers of a box that is not open, and why its layers have no adapter."""
-    item = block.item
-    if isinstance(item, Leaf):
-        lines = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])]
-        lines += [*map(heatmap.line, item.marks), *(f"{path} is trained in full" for path in item.trained)]
-        return "\n".join([*lines, *(f"{layer.path} has no adapter: {layer.reason}" for layer in item.skipped)])
-    return "\n".join(
-        [f"{item.path or item.name}: {item.class_name}", *map(heatmap.line, () if block.parts else item.marks)]
-    )
+    if isinstance(item, Scope):
+        lines = [f"{item.path or item.name}: {item.class_name}"]
+        return "\n".join([*lines, *map(heatmap.line, () if opened else item.marks)])
+    lines = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])]
+    lines += [*map(heatmap.line, item.marks), *(f"{path} is trained in full" for path in item.trained)]
+    return "\n".join([*lines, *(f"{layer.path} has no adapter: {layer.reason}" for layer in item.skipped)])
 
 
 def _single(box: Box, heatmap: Heatmap) -> Box:
-    item, look = box.block.item, box.block.look
-    if look not in STACKED:
+    item = box.item
+    if box.look not in STACKED:
         wide = width(box.name, NAME) + (7 + width(box.detail, DETAIL) if box.detail else 0) + count_width(box.count)
-        least, high = (60, 24) if look == "port" else (70, 29)
+        least, high = (60, 24) if box.look == "port" else (70, 29)
         return replace(box, size=Size(max(wide + 2 * _PAD, least), high))
     words, heat = heatmap.strip(item)
-    strip, value, detail = "", "", box.detail
+    strip, detail = "", box.detail
     if isinstance(item, Scope):
         detail += f" · {len(item.marks)} adapted" * bool(item.marks) + f" · {words}" * bool(words)
         detail += f" · {len(item.skipped)} not adapted" * bool(item.skipped)
+        heat = ""
     elif not item.marks:
         strip = "same layer, called again"
     elif item.op == "eager":
         strip = f"r {item.rank} · d {item.width} · not traced"
     elif item.rank:
-        strip, value = f"r {item.rank} · d {item.width}", f" · {words}" * bool(words)
+        strip = f"r {item.rank} · d {item.width}" + f" · {words}" * bool(words)
     else:
         strip, heat = "no active adapter", ""  # nothing is rotated
     name = width(box.name, NAME, bold=True) + count_width(box.count)
-    wide = max(name, width(detail, DETAIL), width(strip + value, DETAIL, bold=True) + 12)
+    wide = max(name, width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12)
     cells = heatmap.cells(item, wide)
     size = Size(wide + 2 * _PAD, (STRIP if strip else 8) + 39 + cells.height)
-    heat = heat if strip else ""
-    return replace(box, size=size, detail=detail, strip=strip + value, heat=heat, cells=cells)
+    return replace(box, size=size, detail=detail, strip=strip, heat=heat, cells=cells)
 
 
-def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) -> Box:
-    scope = box.block.item
-    assert isinstance(scope, Scope)  # only scopes have parts
-    parts = [place(block, heatmap) for block in blocks]
-    sizes = [part.size for part in parts]
-    origins = list(dict.fromkeys(scope.ports))  # values from the same box or module share a port
-    edges = _drawn(scope, blocks)
+def _open(box: Box, scope: Scope, parts: Sequence[Box], *, root: bool) -> Box:
+    origins = _origins(scope)
     names = [shorten(name, _LETTERS) for name in origins if len(origins) > 1]
     ports = [Size(width(name, DETAIL) + 16, PORT) for name in names] or [Size(0, 0) for _ in origins]
-    inner = Layout(sizes, edges, scope.outputs, ports, scope_rows(scope))
+    first, border = len(parts), len(parts) + len(ports)
+    rows = [row + bool(ports) for row in scope_rows(scope)]
+    rows += [0] * len(ports) + [max(rows) + 1] * bool(scope.outputs)
+    sizes = [*(part.size for part in parts), *ports, Size(0, 0)][: len(rows)]
+    edges = [*_drawn(scope, parts), *(Edge(output, border, 0) for output in scope.outputs)]
+    inner = Layout(sizes, edges, rows, has_ports=bool(ports))
     left, top, wide, high = 0.0, 0.0, inner.width, inner.height
     if not root:
         title = width(box.name, NAME, bold=True) + 8 + width(box.detail, DETAIL) + count_width(box.count)
         wide = max(title, inner.width) + 2 * _PAD
-        left, top = (wide - inner.width) / 2, HEADER + (0 if scope.ports else 12)
+        left, top = (wide - inner.width) / 2, HEADER + (0 if ports else 12)
         high = top + inner.height + (0 if scope.outputs else 12)
-    corners = inner.corners[len(parts) :]
+    lefts = [x - size.width / 2 for x, size in zip(inner.x, sizes, strict=True)]
+    ends = [left + x - wide / 2 for x in inner.x[first:]]  # of the ports, and maybe of the border
     return replace(
         box,
-        size=Size(wide, high, tuple(left + x - wide / 2 for x in inner.enter), left + inner.leave - wide / 2),
-        parts=tuple(replace(part, x=x, y=y) for part, (x, y) in zip(parts, inner.corners, strict=False)),
-        ports=tuple((name, x, size.width) for name, (x, _), size in zip(names, corners, ports, strict=False)),
+        size=Size(wide, high, tuple(ends[: len(ports)]), ends[-1] if scope.outputs else 0.0),
+        parts=tuple(replace(part, x=lefts[at], y=inner.top[at]) for at, part in enumerate(parts)),
+        ports=tuple((name, lefts[first + at], ports[at].width) for at, name in enumerate(names)),
         routes=inner.routes,
         body=(left, top),
     )
 
 
-def _drawn(scope: Scope, blocks: Sequence[Block]) -> list[Edge]:
-    """The edges between the ports that are drawn: one port for each origin of values, and one of a closed module."""
+def _drawn(scope: Scope, parts: Sequence[Box]) -> list[Edge]:
+    """The edges between parts and ports, with one port for each origin of values, and one of a closed module."""
     shapes: dict[tuple[int, int, int], dict[str, None]] = {}
     for source, target, port, shape in scope.edges:
-        reader = blocks[target]
-        if source < 0:
-            source = ~_drawn_port(scope, ~source)
-        port = 0 if isinstance(reader.item, Leaf) or reader.parts is None else _drawn_port(reader.item, port)
-        shapes.setdefault((source, target, port), {})[shape] = None
+        start = source if source >= 0 else len(parts) + _origins(scope).index(scope.ports[~source])
+        reader = parts[target]
+        end = 0
+        if isinstance(reader.item, Scope) and reader.parts is not None:
+            end = _origins(reader.item).index(reader.item.ports[port])
+        shapes.setdefault((start, target, end), {})[shape] = None
     return [Edge(*ends, " + ".join([*own][:1] + [str(len(own) - 1)] * (len(own) > 1))) for ends, own in shapes.items()]
 
 
-def _drawn_port(scope: Scope, port: int) -> int:
-    return list(dict.fromkeys(scope.ports)).index(scope.ports[port])
+def _origins(scope: Scope) -> list[str]:
+    """The ports that are drawn: values from the same box or module share one."""
+    return list(dict.fromkeys(scope.ports))
 
 
 def scope_rows(scope: Scope) -> list[int]:

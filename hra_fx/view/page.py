@@ -19,12 +19,12 @@ from hra_fx.reporting.table import Column
 from hra_fx.reporting.words import counted
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
-from hra_fx.view.layout import place
-from hra_fx.view.opening import Block, opened
+from hra_fx.view.layout import Box, place
+from hra_fx.view.opening import Opening, opening
 from hra_fx.view.svg import draw, number
-from hra_fx.view.svg_file import LINE, arrow, entries, looks_of
+from hra_fx.view.svg_file import LINE, arrow, entries
 from hra_fx.view.theme import COLORS, colored, dark_rules
-from hra_fx.view.tree import Item, Leaf, Scope, span
+from hra_fx.view.tree import Leaf, Scope
 
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _REPORT, _SKIPPED = "//report", "//not-adapted"  # addresses of sections
@@ -34,7 +34,8 @@ _REPORT, _SKIPPED = "//report", "//not-adapted"  # addresses of sections
 class Picture:
     """A picture of the page: its module, its address, and the name and address of the pictures that lead to it."""
 
-    block: Block
+    scope: Scope
+    is_open: Opening
     address: str
     way: tuple[tuple[str, str], ...]
 
@@ -42,30 +43,30 @@ class Picture:
 class _Pictures:
     """Draws the picture of a model, and those of the modules that are closed in it and in each other."""
 
-    def __init__(self, first: Block, heatmap: Heatmap) -> None:
+    def __init__(self, root: Scope, is_open: Opening, heatmap: Heatmap) -> None:
         self.heatmap = heatmap
         self.looks: set[str] = set()
         self._taken = {"//arrow", _REPORT, _SKIPPED}  # the ids on the page
-        self._waiting = [Picture(first, self._address("/"), ())]
+        self._waiting = [Picture(root, is_open, self._address("/"), ())]
         self._current = self._waiting[0]
 
     def drawn(self) -> Iterator[str]:
         """Each picture as a `<figure>`."""
         for picture in self._waiting:  # grows
             self._current = picture
-            self.looks |= looks_of(picture.block)
-            is_model = not picture.way
-            box = place(picture.block, self.heatmap, root=is_model)
+            is_model = not picture.scope.path
+            box = place(picture.scope, picture.is_open, self.heatmap, root=is_model)
+            self.looks |= box.looks()
             root = _svg(box.size.width + 4, box.size.height + 4)
             draw(root, box, 2, 2, self._link, root=is_model)
             way = "".join(f'<a href="#{quote(address)}">{html.escape(name)}</a> / ' for name, address in picture.way)
-            line = f"<figcaption>{way}<b>{html.escape(_name(picture.block.item))}</b></figcaption>"
+            line = f"<figcaption>{way}<b>{html.escape(_name(picture.scope))}</b></figcaption>"
             yield f'<figure id="{html.escape(picture.address)}">{line if way else ""}{_text(root)}</figure>'
 
-    def _link(self, group: Element, block: Block) -> None:
+    def _link(self, group: Element, box: Box) -> None:
         """Give a box the addresses of its layers, and link it to itself, or to the picture of a closed module."""
-        item, here = block.item, self._current
-        if item is here.block.item:
+        item, here = box.item, self._current
+        if item is here.scope:
             return
         paths = dict.fromkeys(item.paths)  # the modules that the box stands for, and the layers in a leaf
         if isinstance(item, Leaf):
@@ -78,11 +79,11 @@ class _Pictures:
                 else:
                     SubElement(group, "g", {"class": "name", "id": path})
         address = group.get("id", "")
-        if isinstance(item, Scope) and block.look == "closed":
+        if isinstance(item, Scope) and box.look == "closed":
             address = self._address(f"/{item.path}")
-            way = (*here.way, (_name(here.block.item), here.address))
-            self._waiting.append(Picture(opened(item, None), address, way))
-        if address and block.parts is None:
+            way = (*here.way, (_name(here.scope), here.address))
+            self._waiting.append(Picture(item, opening(item), address, way))
+        if address and box.parts is None:
             group.tag = "a"
             group.set("href", f"#{quote(address)}")
 
@@ -96,16 +97,16 @@ class _Pictures:
         return address
 
 
-def render_page(drawing: Drawing, block: Block) -> str:
+def render_page(drawing: Drawing, root: Scope, is_open: Opening) -> str:
     """Render the page of a model, or of a part of it: one HTML file that needs no others."""
-    pictures = _Pictures(block, heatmap_of(drawing.report.rows))
+    pictures = _Pictures(root, is_open, heatmap_of(drawing.report.rows))
     figures = "\n".join(pictures.drawn())
     legend = ""
-    for wide, entry in entries(pictures.looks, pictures.heatmap, drawing.report.skipped):
-        root = _svg(wide + 1, LINE)
+    for wide, entry in entries(pictures.looks, pictures.heatmap, root.skipped):
+        sample = _svg(wide + 1, LINE)
         entry.set("transform", "translate(0 3.5)")
-        root.append(entry)
-        legend += f"<li>{_text(root)}</li>"
+        sample.append(entry)
+        legend += f"<li>{_text(sample)}</li>"
     found = drawing.report
     alarm = ' class="alarm"' * any(layer.targeted for layer in found.skipped)
     skipped = f'<a href="#{_SKIPPED}"{alarm}>{counted(len(found.skipped), "layer")} not adapted</a>'
@@ -114,7 +115,7 @@ def render_page(drawing: Drawing, block: Block) -> str:
     marker = Element("svg")
     arrow(marker)
     words = {
-        "title": html.escape(drawing.title),
+        "title": html.escape(drawing.title_of(root)),
         "facts": html.escape(drawing.facts),
         "style": f"\n:root {{\n{colors}}}\n{dark_rules(figures + legend)}\n{_file('page.css')}",
         "links": links,
@@ -131,10 +132,9 @@ def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _name(item: Item) -> str:
+def _name(scope: Scope) -> str:
     """The name of a picture: the path of its module, and how many modules it stands for."""
-    path = item.path if isinstance(item, Scope) else ""
-    return (path or span(item)) + f" × {item.count}" * (item.count > 1)
+    return (scope.path or scope.name) + f" × {scope.count}" * (scope.count > 1)
 
 
 def _svg(wide: float, high: float) -> Element:

@@ -11,12 +11,13 @@ from hra_fx.atomic_write import atomic_write
 from hra_fx.errors import VisualizeError
 from hra_fx.removed import without_removed_arguments
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.opening import Block, check_options, focused, opened
+from hra_fx.view.opening import Opening, opening
 from hra_fx.view.page import render_page
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.svg_file import render_svg
+from hra_fx.view.tree import Scope
 
-FORMATS: Mapping[str, Callable[[Drawing, Block], str]] = {".svg": render_svg, ".html": render_page}
+FORMATS: Mapping[str, Callable[[Drawing, Scope, Opening], str]] = {".svg": render_svg, ".html": render_page}
 
 
 @without_removed_arguments
@@ -45,7 +46,7 @@ def visualize(
             cannot trace are drawn without edges.
         depth: number of open module levels: 0 shows the model with closed children. `None` opens as many as
             are readable.
-        focus: qualified name of a module, to draw only that module and the values that enter and leave it.
+        focus: qualified name of a module, to draw only that module.
 
     Returns:
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.
@@ -67,10 +68,11 @@ def visualize(
         raise VisualizeError(
             f"path: unsupported file extension {file.suffix!r} in {file.name!r}. Use one of {', '.join(FORMATS)}."
         )
-    check_options(depth, focus)
-    drawing = focused(drawing_of(model, example_inputs), focus)
-    block = opened(scope_tree(drawing.picture, drawing.name), depth, focus or "")
-    text = FORMATS[file.suffix.lower()](drawing, block)
+    if depth is not None and (type(depth) is not int or depth < 0):
+        raise VisualizeError(f"`depth` must be a non-negative int or None, got {depth!r}.")
+    drawing = drawing_of(model, example_inputs)
+    root = scope_tree(drawing.picture, drawing.name, focus or "")
+    text = FORMATS[file.suffix.lower()](drawing, root, opening(root, depth))
     try:
         atomic_write(file.resolve(), text.encode("utf-8"))  # the file that a symbolic link points to
     except OSError as error:

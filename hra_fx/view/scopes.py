@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import networkx as nx
 
+from hra_fx.errors import VisualizeError
 from hra_fx.view.subject import name_of
 from hra_fx.view.tree import Edge, Item, Leaf, Scope, contract, joined, merge_repeats, module_of
 
@@ -18,9 +20,24 @@ _LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bm
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
 
-def scope_tree(picture: nx.DiGraph[str], title: str) -> Scope:
-    """Create the tree of a model from its leaves, with operations joined and identical neighbors merged."""
-    return _Nesting(picture).scope("", title, list(picture), 0)
+def scope_tree(picture: nx.DiGraph[str], title: str, focus: str = "") -> Scope:
+    """Create the tree of a model from its leaves, with operations joined and identical neighbors merged.
+
+    `focus` is the path of a module: then it is the tree of this module, of its first call.
+    """
+    nesting = _Nesting(picture)
+    if not focus:
+        return nesting.scope("", title, list(picture), 0)
+    leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
+    calls = [call for leaf in leaves.values() for call in leaf.place if module_of(call) == focus]
+    keys = [key for key, leaf in leaves.items() if (calls[0] in leaf.place if calls else focus in leaf.paths)]
+    if not keys:
+        shown = {path for leaf in leaves.values() for path in (*leaf.paths, *map(module_of, leaf.place))}
+        near = " or ".join(map(repr, difflib.get_close_matches(focus, sorted(shown), 3)))
+        similar = f"; did you mean {near}?" if near else ". See model.named_modules()."
+        raise VisualizeError(f"`focus`: the picture has no module {focus!r}{similar}")
+    place = leaves[keys[0]].place
+    return nesting.scope(focus, focus, keys, place.index(calls[0]) + 1 if calls else len(place))
 
 
 @dataclass

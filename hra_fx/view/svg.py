@@ -9,7 +9,6 @@ from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.view.heatmap import CELL
 from hra_fx.view.layout import DETAIL, NAME, PORT, STACKED, STRIP, Box, Route, count_width
-from hra_fx.view.opening import Block
 from hra_fx.view.theme import ink_on, width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
@@ -38,7 +37,7 @@ LOOKS = {
     "port": Look("port", "line", "ink"),
 }
 #: A function that gets the element of each box, with what it shows.
-Mark: TypeAlias = Callable[[Element, Block], None]
+Mark: TypeAlias = Callable[[Element, Box], None]
 
 
 def number(value: float) -> str:
@@ -74,21 +73,21 @@ def write(
 
 def draw(parent: Element, box: Box, x: float, y: float, marked: Mark | None = None, *, root: bool = False) -> None:
     """Draw a box and everything inside it. The root does not have a frame. `marked` gets the element of each box."""
-    item = box.block.item
-    group = shape(parent, "g", class_="root" if root else box.block.look)
+    item = box.item
+    group = shape(parent, "g", class_="root" if root else box.look)
     SubElement(group, "title").text = box.tip
     if marked:
-        marked(group, box.block)
-    if box.block.parts is not None:
+        marked(group, box)
+    if box.parts is not None:
         if not root:
             _draw_frame(group, box, x, y)
         _draw_inside(group, box, x + box.body[0], y + box.body[1], marked)
         return
     _draw_single(group, box, x, y)
-    if marked and box.block.look == "closed":  # it leads to another picture
+    if marked and box.look == "closed":  # it leads to another picture
         shape(group, "path", d=f"M{number(x + 7)} {number(y + 7)}l5 3.5l-5 3.5z", class_="opens")
     if item.skipped:
-        middle = 24 if box.block.look in STACKED else box.size.height / 2
+        middle = 24 if box.look in STACKED else box.size.height / 2
         skipped_marker(group, x + 7.5, y + middle, refused=any(layer.targeted for layer in item.skipped))
 
 
@@ -99,7 +98,7 @@ def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> Non
 
 
 def _outline(group: Element, box: Box, x: float, y: float, radius: float, kind: str = "frame") -> None:
-    look, wide, high = LOOKS[box.block.look], box.size.width, box.size.height
+    look, wide, high = LOOKS[box.look], box.size.width, box.size.height
     frame = shape(group, "rect", x=x, y=y, width=wide, height=high, rx=radius, fill=look.fill, stroke=look.line)
     frame.set("class", kind)
     if look.dashes:
@@ -108,7 +107,7 @@ def _outline(group: Element, box: Box, x: float, y: float, radius: float, kind: 
 
 def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
     """Draw a box with a name, and a strip on top for an adapted layer; or a stack for several modules."""
-    look, wide, high = box.block.look, box.size.width, box.size.height
+    look, wide, high = box.look, box.size.width, box.size.height
     ink = LOOKS[look].ink
     if look == "closed" and box.count:
         _outline(group, box, x + 4, y + 4, 6, "under")
@@ -174,23 +173,23 @@ def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
 
 def _draw_inside(group: Element, box: Box, left: float, top: float, marked: Mark | None) -> None:
     """Draw the edges of an open module, then its ports, and the boxes on top of the edges."""
-    starts: dict[int, list[Route]] = {}
+    parts, starts = box.parts or (), dict[int, list[Route]]()
     for route in box.routes:
         line = path_of(route, left, top)
         edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
-        if route.edge.target >= 0:
+        if route.edge.target < len(parts):
             edge.set("marker-end", "url(#//arrow)")
             starts.setdefault(route.edge.source, []).append(route)
     for name, x, wide in box.ports:
         frame = {"fill": "port", "stroke": "line", "class_": "entry"}
         shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, **frame)
         write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle").set("class", "entry")
-    paper = LOOKS[box.block.look].fill if box.body[1] else "card"
+    paper = LOOKS[box.look].fill if box.body[1] else "card"
     for source, routes in starts.items():
-        for place in _shapes(routes, left, top) if source >= 0 else ():
+        for place in _shapes(routes, left, top) if source < len(parts) else ():
             text = write(group, **place)
             text.attrib.update({"class": "shape", "stroke": paper, "stroke-width": "3", "paint-order": "stroke"})
-    for part in box.parts:
+    for part in parts:
         draw(group, part, left + part.x, top + part.y, marked)
 
 

@@ -12,9 +12,10 @@ from hra_fx.reporting.words import counted, shorten
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.layout import place
-from hra_fx.view.opening import Block
+from hra_fx.view.opening import Opening
 from hra_fx.view.svg import FONT, LOOKS, Look, draw, number, shape, skipped_marker, write
 from hra_fx.view.theme import HEAT, UNKNOWN, colored, dark_rules, width
+from hra_fx.view.tree import Scope
 
 LINE = 22.0  # height of a line
 _GAP = 18.0
@@ -72,15 +73,15 @@ def _color_bar(heatmap: Heatmap) -> Entry:
     return left + _words(group, left, f"{heatmap.top:g}{unit}", "ink"), group
 
 
-def render_svg(drawing: Drawing, block: Block) -> str:
+def render_svg(drawing: Drawing, root: Scope, is_open: Opening) -> str:
     """Render an SVG file of a model, or of a part of it."""
     heatmap = heatmap_of(drawing.report.rows)
-    box = place(block, heatmap, root=True)
-    title = shorten(drawing.title, _LETTERS)
+    box = place(root, is_open, heatmap, root=not root.path)
+    title = shorten(drawing.title_of(root), _LETTERS)
     words = max(width(title, 22, bold=True), width(drawing.facts, 13))
     card = max(box.size.width + 2 * _INSET, _NARROWEST - 2 * _MARGIN, words)
     x, top = 0.0, _TOP
-    legend = entries(looks_of(block), heatmap, drawing.report.skipped)
+    legend = entries(box.looks(), heatmap, root.skipped)
     for wide, entry in legend:
         if x and x + wide > card:
             x, top = 0.0, top + LINE
@@ -89,21 +90,21 @@ def render_svg(drawing: Drawing, block: Block) -> str:
     top += LINE + 14
     high = box.size.height + 2 * _INSET
     size = (str(round(card + 2 * _MARGIN)), str(round(top + high + _MARGIN)))
-    root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {' '.join(size)}"})
-    root.attrib.update({"width": size[0], "height": size[1], "font-family": FONT})
-    SubElement(root, "title").text = title
-    arrow(root)
-    shape(root, "rect", width="100%", height="100%", fill="paper")
-    write(root, _MARGIN, 46, title, 22, "ink", bold=True)
-    write(root, _MARGIN, 70, drawing.facts, 13, "faint")
-    root.extend(entry for _, entry in legend)
-    shape(root, "rect", x=_MARGIN, y=top, width=card, height=high, rx=10.0, fill="card", stroke="rule")
-    draw(root, box, _MARGIN + (card - box.size.width) / 2, top + _INSET, root=True)
-    colored(root)
+    svg = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {' '.join(size)}"})
+    svg.attrib.update({"width": size[0], "height": size[1], "font-family": FONT})
+    SubElement(svg, "title").text = title
+    arrow(svg)
+    shape(svg, "rect", width="100%", height="100%", fill="paper")
+    write(svg, _MARGIN, 46, title, 22, "ink", bold=True)
+    write(svg, _MARGIN, 70, drawing.facts, 13, "faint")
+    svg.extend(entry for _, entry in legend)
+    shape(svg, "rect", x=_MARGIN, y=top, width=card, height=high, rx=10.0, fill="card", stroke="rule")
+    draw(svg, box, _MARGIN + (card - box.size.width) / 2, top + _INSET, root=not root.path)
+    colored(svg)
     style = Element("style")
-    style.text = dark_rules(tostring(root, encoding="unicode"))
-    root.insert(1, style)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
+    style.text = dark_rules(tostring(svg, encoding="unicode"))
+    svg.insert(1, style)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(svg, encoding="unicode") + "\n"
 
 
 def arrow(root: Element) -> None:
@@ -111,8 +112,3 @@ def arrow(root: Element) -> None:
     marker = shape(shape(root, "defs"), "marker", id="//arrow", viewBox="0 0 8 8", refX="7", refY="4")
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill="edge")
-
-
-def looks_of(block: Block) -> set[str]:
-    """The looks of all blocks inside a block."""
-    return {look for part in block.parts or () for look in (part.look, *looks_of(part))}

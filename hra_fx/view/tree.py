@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Literal, NamedTuple, TypeAlias
 
 from hra_fx.reporting.skipped_layers import SkippedLayer
@@ -146,12 +145,8 @@ def span(item: Item) -> str:
     >>> span(Leaf("layer.0", "", "module", "call_module", "layer.0", (), count=6, last="layer.5"))
     'layer.0 … 5'
     """
-    if not item.last or item.last == item.name:
-        return item.name
-    before = len(_common_start(item.name, item.last))
-    first, last = item.name[before:], item.last[before:]
-    after = len(_common_start(first[::-1], last[::-1]))
-    return f"{item.name[: len(item.name) - after]} … {last}"
+    pairs = zip(item.name.split("."), (item.last or item.name).split("."), strict=True)
+    return ".".join(first if first == last else f"{first} … {last}" for first, last in pairs)
 
 
 def signature(item: Item, *, sizes: bool = True) -> Hashable:
@@ -213,9 +208,3 @@ def _overlay(items: Sequence[Item]) -> Item:
     names = (tuple(dict.fromkeys(column)) for column in zip(*(scope.ports for scope in scopes), strict=True))
     ports = tuple(first if not others else f"{first.removesuffix(' …')} …" for first, *others in names)
     return replace(first, items=tuple(map(_overlay, columns)), paths=paths, ports=ports)
-
-
-def _common_start(first: str, last: str) -> str:
-    """The common prefix of two names, up to the number in which they differ."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return "".join(letter for letter, _ in same).rstrip("0123456789")
