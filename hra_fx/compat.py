@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 
 from hra_fx.errors import AdapterError
-
-T = TypeVar("T", bound=Tensor)
 
 # --- releases ---------------------------------------------------------------------------------------------------------
 
@@ -106,11 +104,6 @@ def records_operators() -> bool:
 def is_in_backward() -> bool:
     """Whether this thread runs a backward pass."""
     return torch._C._current_graph_task_id() != -1
-
-
-def is_forward_ad_active() -> bool:
-    """Whether a `torch.autograd.forward_ad.dual_level` is open."""
-    return forward_ad._current_level >= 0
 
 
 def is_exporting() -> bool:

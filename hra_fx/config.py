@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hra_fx.config_fields import CHECKS, check_extra, field_hint
-from hra_fx.errors import CheckpointError, ConfigError
+from hra_fx.errors import ConfigError
 from hra_fx.hub import local_folder
 from hra_fx.patterns import matches_rank
 
@@ -200,22 +200,17 @@ class HRAConfig:
             hub: passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
 
         Raises:
-            ConfigError: the file is missing, cannot be downloaded, does not contain a JSON object, or has a wrong
-                value. The message names the file.
+            CheckpointError: there is no such folder, and it cannot be downloaded.
+            ConfigError: the file is missing, does not contain a JSON object, or has a wrong value. The message names
+                the file.
             TypeError: an unknown keyword argument.
         """
-        try:
-            path = local_folder(directory, subfolder, [CONFIG_NAME], hub) / (subfolder or "") / CONFIG_NAME
-        except CheckpointError as error:
-            raise ConfigError(str(error)) from error
+        path = local_folder(directory, subfolder, [CONFIG_NAME], hub) / (subfolder or "") / CONFIG_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
+        except (OSError, ValueError) as error:
             fix = f"Pass a folder that contains {CONFIG_NAME}, or the name of a Hub repository."
-            raise ConfigError(f"{path}: cannot be read ({reason}). {fix}") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not valid JSON ({error}).") from error
+            raise ConfigError(f"{path}: cannot be read as JSON ({error}). {fix}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must contain a JSON object, got a {type(values).__name__}.")
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 from hra_fx.errors import ConfigError
@@ -24,7 +24,7 @@ _CHOICES = {
     ),
 }
 
-#: Field -> the expression that an entry is used in.
+#: Field -> the expression that an entry is used in; otherwise, it is used as it is.
 _USED_IN = {
     "layers_pattern": layer_index_regex,
     "modules_to_save": saved_module_regex,
@@ -50,16 +50,11 @@ _ONLY_IN_LORA = {
 
 
 def field_hint(name: str, fields: Collection[str]) -> str:
-    """Return a sentence that says what to use instead of the unknown field `name`.
-
-    >>> field_hint("apply_gs", ["r", "apply_GS"])
-    'Did you mean `apply_GS`?'
-    """
+    """Return a sentence that says what to use instead of the unknown field `name`."""
     if name in _ONLY_IN_LORA:
         return _ONLY_IN_LORA[name]
-    lower = {known.lower(): known for known in fields}
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.75)
-    return f"Did you mean `{lower[near[0]]}`?" if near else f"The fields are {', '.join(fields)}."
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.75)
+    return f"Did you mean `{near[0]}`?" if near else f"The fields are {', '.join(fields)}."
 
 
 def check_extra(extra: Any, fields: Collection[str]) -> dict[str, Any]:
@@ -96,25 +91,24 @@ def _choice(name: str, value: Any) -> str | None:
 
 def _strings(name: str, value: Any) -> list[str]:
     """A collection of strings as a list; a set, which has no order, is sorted."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+    is_collection = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+    if not is_collection or not all(isinstance(entry, str) for entry in value):
         raise ConfigError(f"`{name}` must be a str or a list of str, got {value!r}.")
-    for entry in value:
-        if not isinstance(entry, str):
-            raise ConfigError(f"`{name}` must be a str or a list of str, got the entry {entry!r}.")
     entries = [str.__str__(entry) for entry in value]
     return sorted(entries) if isinstance(value, set | frozenset) else entries
 
 
 def _names(name: str, value: Any) -> list[str] | None:
-    if isinstance(value, str):
-        raise ConfigError(f"`{name}` must be a list of names, got the str {value!r}. Use [{value!r}].")
-    return None if value is None else _strings(name, value)
+    if value is None:
+        return None
+    if isinstance(value, str) or "" in _strings(name, value):
+        raise ConfigError(f"`{name}` must be a list of names that are not empty, got {value!r}.")
+    return _compiled(name, _strings(name, value))
 
 
 def _names_or_regex(name: str, value: Any) -> set[str] | str | None:
     if isinstance(value, str):
-        _compile(name, [value])
-        return str.__str__(value)
+        return _compiled(name, [str.__str__(value)])[0]
     return None if value is None else set(_strings(name, value))
 
 
@@ -131,17 +125,9 @@ def _indices(name: str, value: Any) -> list[int] | int | None:
 
 
 def _layers_pattern(name: str, value: Any) -> list[str] | str | None:
-    patterns = value if value is None or isinstance(value, str) else _strings(name, value)
-    _compile(name, [patterns] if isinstance(patterns, str) else patterns or ())
-    return patterns
-
-
-def _modules_to_save(name: str, value: Any) -> list[str] | None:
-    names = _names(name, value)
-    if "" in (names or ()):
-        raise ConfigError(f"`{name}` must not contain an empty name.")
-    _compile(name, names or ())
-    return names
+    if isinstance(value, str):
+        return _compiled(name, [value])[0]
+    return None if value is None else _compiled(name, _strings(name, value))
 
 
 def _ranks(name: str, value: Any) -> dict[str, int]:
@@ -149,19 +135,18 @@ def _ranks(name: str, value: Any) -> dict[str, int]:
         raise ConfigError(f"`{name}` must be a dict of names and ranks, got {value!r}.")
     for pattern, rank in value.items():
         check_positive_int(f"{name}[{pattern!r}]", rank)
-    _compile(name, value)
+    _compiled(name, list(value))
     return dict(value)
 
 
-def _compile(name: str, entries: Iterable[str]) -> None:
-    """Check that regular expressions compile, alone and in the expression that they are used in."""
+def _compiled(name: str, entries: list[str]) -> list[str]:
+    """Check that entries compile in the regular expression that they are used in, and return them."""
     for entry in entries:
-        whole = _USED_IN.get(name, str)(entry)
-        for text, where in ((entry, ""), (whole, f" inside {whole!r}, where it is used")):
-            try:
-                re.compile(text)
-            except re.error as error:
-                raise ConfigError(f"`{name}`: {entry!r} is not a valid regular expression{where}: {error}.") from error
+        try:
+            re.compile(_USED_IN.get(name, str)(entry))
+        except re.error as error:
+            raise ConfigError(f"`{name}`: {entry!r} is not a valid regular expression: {error}.") from error
+    return entries
 
 
 #: Fields with a check. The method comes first, because files of other methods also differ in other fields.
@@ -179,7 +164,7 @@ CHECKS: dict[str, Check] = {
     "exclude_modules": _names_or_regex,
     "layers_to_transform": _indices,
     "layers_pattern": _layers_pattern,
-    "modules_to_save": _modules_to_save,
+    "modules_to_save": _names,
     "target_parameters": lambda name, value: _names(name, value) or None,
     "rank_pattern": _ranks,
 }

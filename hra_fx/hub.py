@@ -22,7 +22,6 @@ def local_folder(
     if os.path.isdir(source) and not options:  # huggingface_hub imports slowly
         return Path(source)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     known = inspect.signature(snapshot_download).parameters
     if unknown := [option for option in options if option not in known]:
@@ -34,11 +33,6 @@ def local_folder(
     try:
         within = f"{glob.escape(subfolder)}/" if subfolder else ""
         return Path(snapshot_download(source, allow_patterns=[within + file for file in files], **options))
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{source}: no such folder, and not a valid Hub repository name. Pass a folder, or a name such as "
-            "'user/name'."
-        ) from error
     # The Hub's errors and those of its transports have no common base class.
     except Exception as error:
         raise CheckpointError(

@@ -13,59 +13,44 @@ from typing import NoReturn, ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+_LOAD = "Load the base model with its own class, and call hra_fx.load_adapter(model, folder)."
+_LAYOUT = "Leave it out: the base model is loaded with its own class, which knows its layout."
+
 #: Public name, below `hra_fx`, -> what to do instead.
 NAMES: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "AutoPeftModel",
-            "AutoPeftModelForCausalLM",
-            "AutoPeftModelForFeatureExtraction",
-            "AutoPeftModelForQuestionAnswering",
-            "AutoPeftModelForSeq2SeqLM",
-            "AutoPeftModelForSequenceClassification",
-            "AutoPeftModelForTokenClassification",
-        ),
-        "Load the base model with its own class, and call hra_fx.load_adapter(model, folder).",
-    ),
+    "AutoPeftModel": _LOAD,
+    "AutoPeftModelForCausalLM": _LOAD,
+    "AutoPeftModelForFeatureExtraction": _LOAD,
+    "AutoPeftModelForQuestionAnswering": _LOAD,
+    "AutoPeftModelForSeq2SeqLM": _LOAD,
+    "AutoPeftModelForSequenceClassification": _LOAD,
+    "AutoPeftModelForTokenClassification": _LOAD,
     "FoldPlan": "Call hra_fx.report for the change of each weight, and hra_fx.fold.",
     "VerificationError": "Compare the outputs with those of hra_fx.fold(copy.deepcopy(model)).",
     "accelerate_peft": "Call hra_fx.from_peft(trainer.model) after the trainer is made.",
-    "combine": (
-        "Call hra_fx.set_adapter(model, [...]): several active adapters act as their product, which hra_fx.fold folds."
-    ),
+    "combine": "Call hra_fx.set_adapter(model, [...]): active adapters act as their product, as in hra_fx.fold.",
     "freeze": "Fold the model before torch.export: hra_fx.fold(model).",
     "get_layer_status": "Call hra_fx.report(model), or print_trainable_parameters().",
     "get_model_status": "Call hra_fx.report(model), or print_trainable_parameters().",
-    "integrations.HRATrainer": (
-        "Use the Trainer of transformers: a model of hra_fx.transform trains in pairs by default. Call "
-        "hra_fx.protect(model, samples) to protect directions. Add hra_fx.orthogonality_loss(model) to the loss, as in "
-        "examples/usage/trainer.py of the repository."
-    ),
+    "integrations.HRATrainer": "Use the Trainer of transformers, hra_fx.protect and hra_fx.orthogonality_loss, as in "
+    "examples/usage/trainer.py of the repository: a model of hra_fx.transform trains in pairs by default.",
     "integrations.PairCallback": "Leave it out: a model of hra_fx.transform trains in pairs by default.",
     "integrations.ProtectCallback": "Call hra_fx.protect(model, samples) before the training.",
-    "integrations.RotationCallback": (
-        "Write a callback that calls hra_fx.report, as in examples/usage/trainer.py of the repository."
-    ),
+    "integrations.RotationCallback": "Call hra_fx.report in a callback, as in examples/usage/trainer.py.",
     "lift": "Adapt the model before torch.export: hra_fx.transform(model, config).",
-    "mixed_batch": (
-        "Group the rows by adapter, and call the model once for each adapter. vLLM serves several LoRAs in one batch: "
-        "write them with hra_fx.save_as_lora."
-    ),
+    "mixed_batch": "Group the rows by adapter, and call the model once for each adapter. vLLM serves several LoRAs in "
+    "one batch: write them with hra_fx.save_as_lora.",
     "plan_fold": "Call hra_fx.report for the change of each weight, and hra_fx.fold.",
 }
 
 #: Function or class -> its removed argument -> what to do instead.
 ARGUMENTS: dict[str, dict[str, str]] = {
-    "fold": {
-        "requantize": (
-            "Load the adapter into the base model without quantization, and fold there; or call hra_fx.save_as_lora."
-        )
-    },
+    "fold": {"requantize": "Fold into the base model without quantization, or call hra_fx.save_as_lora."},
     "fold_checkpoint": {
-        "columns": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+        "columns": _LAYOUT,
         "overwrite": "Delete the folder first.",
         "progress": "Leave it out: transformers shows its own progress bar.",
-        "rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+        "rows": _LAYOUT,
         "trust_remote_code": "Load the model yourself, then call hra_fx.load_adapter and hra_fx.fold.",
         "verify": "Leave it out.",
     },
@@ -84,12 +69,12 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 
 #: Command or option of `hra-fx` -> what to do instead.
 COMMAND_LINE: dict[str, str] = {
-    "--columns": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+    "--columns": _LAYOUT,
     "--debug": "Call the function in Python for a traceback.",
     "--overwrite": "Delete OUT first.",
     "--part": "Pass the folder of the part as BASE, such as my-pipeline/unet.",
     "--quiet": "Redirect stderr: progress bars are only shown in a terminal.",
-    "--rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+    "--rows": _LAYOUT,
     "--trust-remote-code": "Load the model in Python, then call hra_fx.load_adapter, and hra_fx.fold or save_as_lora.",
     "--verify": "Leave it out.",
     "visualize": 'Load the model in Python, and call hra_fx.visualize(model, "model.html").',
