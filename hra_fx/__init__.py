@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from hra_fx.config import HRAConfig as HRAConfig
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.export.training_step import export_training_step as export_training_step
-    from hra_fx.integrations.push import push_to_hub as push_to_hub
+    from hra_fx.integrations.pretrained import push_to_hub as push_to_hub
     from hra_fx.layers.weight import effective_weight as effective_weight
     from hra_fx.lora.save import (
         LoraResult as LoraResult,
@@ -90,7 +90,7 @@ _NAMES = {
     "config": ("HRAConfig",),
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),
     "export.training_step": ("export_training_step",),
-    "integrations.push": ("push_to_hub",),
+    "integrations.pretrained": ("push_to_hub",),
     "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
     "model.fold": ("fold",),

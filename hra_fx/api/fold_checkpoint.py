@@ -99,7 +99,7 @@ def fold_checkpoint(
     if not sources:
         raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
     _check_folders(base, out)
-    with _explained_errors(out), _staged(out) as folder:
+    with _staged(out) as folder:
         rotated = _write_folded(base, sources, folder)
         others = _copy_others(base, folder)
     if others:
@@ -213,22 +213,14 @@ def _staged(out: Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _explained_errors(out: Path) -> Iterator[None]:
-    """Convert errors of the disk to an error that says what to do."""
-    try:
-        yield
     except (OSError, SafetensorError) as error:
-        # The text of an OSError would contain the hidden folder.
-        reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) and error.errno else error
+        reason = getattr(error, "strerror", None) or error  # the text of an OSError would contain the hidden folder
         raise CheckpointError(
             f"{out}: cannot write the result ({reason}). The output folder is unchanged. Free some space, check the "
             "disk, or choose another output folder."
         ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _check_folders(base: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.integrations import pretrained, push
+from hra_fx.integrations import pretrained
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
@@ -80,7 +80,7 @@ class HRAModel(SwapMixin):
     load_adapter = load_adapter
     set_adapter = switch.set_adapter
     unmerge_adapter = merge.unmerge_adapter
-    push_to_hub = push.push_to_hub
+    push_to_hub = pretrained.push_to_hub
     save_pretrained = pretrained.save_pretrained
     create_or_update_model_card = pretrained.create_or_update_model_card
 

@@ -126,15 +126,10 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
                 "configuration. Fold the model (hra_fx.fold) and transform it again."
             )
         return True
-    if adapter_name in present:
+    for path, layer in layers.items():
         raise AdapterError(
-            f"adapter {adapter_name!r}: the model already has an adapter with this name and another configuration. "
-            "Fold it first, or choose another name."
-        )
-    if layers:
-        names = ", ".join(dict.fromkeys(name for layer in layers.values() for name in layer.hra_u))
-        raise AdapterError(
-            f"adapter {adapter_name!r}: {next(iter(layers))} already has reflections of {names}. To add another "
-            "adapter, call hra_fx.add_adapter on the transformed model. To start from the adapted weights, fold first."
+            f"adapter {adapter_name!r}: {path} already has reflections of {', '.join(layer.hra_u)}, of another name or "
+            "configuration. To add another adapter, call hra_fx.add_adapter. To start from the adapted weights, fold "
+            "first."
         )
     return False

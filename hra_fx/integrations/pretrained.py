@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import PREFIX, adapter_entries
-from hra_fx.checkpoint.saving import save_adapters, write_card
+from hra_fx.checkpoint.saving import CARD_NAME, save_adapters, write_card
 from hra_fx.errors import AdapterError
-from hra_fx.integrations.push import push_to_hub
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.sharding import on_first_rank
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.root import AdaptedModel
 from hra_fx.model.state import adapted_layers, root_of
 from hra_fx.model.tied import parts
+
+#: Options of `HfApi.upload_folder`.
+_COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
 
 
 def save_pretrained(
@@ -52,18 +56,55 @@ def save_pretrained(
 
 
 def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
-    """Write the model card of all adapters, or update the metadata of the model card in the folder.
+    """Write the model card of all adapters, or update the metadata of the model card in the folder."""
+    root, state = root_of(model)
+    write_card(Path(output_dir), root, state.configs)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    selected_adapters: Iterable[str] | None = None,
+    **options: Any,
+) -> str:
+    """Upload adapters, with a model card if the repository does not have one. The repository is created if needed.
+
+    With `fully_shard`, all processes must call this function, and the first process uploads.
 
     Args:
         model: a transformed model.
-        output_dir: the folder.
+        repo_id: name of the repository, such as `"user/name"`.
+        selected_adapters: names of adapters; `None` for all.
+        options: `private`, `token`, `revision`, `commit_message`, `commit_description` and `create_pr`, as in
+            huggingface_hub. Other options of `push_to_hub` in transformers and diffusers are ignored.
+
+    Returns:
+        The URL of the commit.
 
     Raises:
-        AdapterError: the model has no adapters.
-        CheckpointError: the file cannot be written.
+        AdapterError, CheckpointError: see `model.save_pretrained`; nothing is uploaded.
+        HfHubHTTPError: the upload failed.
     """
-    root, state = root_of(model)
-    write_card(Path(output_dir), root, state.configs)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapters(model, folder, selected_adapters)
+        return on_first_rank(model.parameters(), lambda: _upload(folder, repo_id, options))
+
+
+def _upload(folder: str, repo_id: str, options: dict[str, Any]) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.get("token"))
+    repository = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+    has_card = api.file_exists(repository, CARD_NAME, revision=options.get("revision"))
+    commit = {name: value for name, value in options.items() if name in _COMMIT}
+    url = api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        ignore_patterns=[CARD_NAME] if has_card else None,
+        **{"commit_message": "Upload HRA adapter", **commit},
+    )
+    return str(url)
 
 
 class AdaptedPretrainedModel(AdaptedModel):

@@ -51,7 +51,14 @@ def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None =
     root, state = root_of(model)
     names = names_in(state, state.configs if adapter_names is None else adapter_names)
     check_whole(root, "reset its adapters")
-    base = {name: _base_tensors(root, name) for name in names}
+    base = {  # adapter -> (path of a module, name of its tensor) -> the base model's value of a trained copy
+        name: {
+            (path, entry): copies.get(owner, BASE, entry)
+            for path, (owner, copies) in all_copies(root).items()
+            for entry in copies.copied.get(name, ())
+        }
+        for name in names
+    }
     for name in names:
         check_replaceable(root, state, name)
         _check_values(root, name, base[name])
@@ -59,15 +66,6 @@ def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None =
         for name in names:
             vectors = {path: _start(layer, name) for path, layer in layers_of(root, name).items()}
             replace_values(root, name, vectors, base[name])
-
-
-def _base_tensors(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
-    """(path of a module, name of its tensor) -> the base model's value of each trained copy of an adapter."""
-    return {
-        (path, entry): copies.get(owner, BASE, entry)
-        for path, (owner, copies) in all_copies(root).items()
-        for entry in copies.copied.get(name, ())
-    }
 
 
 def _start(layer: AdaptedLayer, name: str) -> Tensor:
@@ -78,22 +76,19 @@ def _start(layer: AdaptedLayer, name: str) -> Tensor:
 
 def _check_values(root: nn.Module, name: str, base: dict[tuple[str, str], Tensor]) -> None:
     """Check that the layers have a device, and that the base model's tensors of trained copies have values."""
-    without_data = [
-        path for path, layer in layers_of(root, name).items() if layer.hra_u.device_of(layer).type == "meta"
-    ]
-    without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]
-    if without_data:
+    on_meta = {path: layer.hra_u.device_of(layer).type == "meta" for path, layer in layers_of(root, name).items()}
+    on_meta |= {f"{path}.{entry}": tensor.is_meta for (path, entry), tensor in base.items()}
+    if path := next((path for path, is_meta in on_meta.items() if is_meta), None):
         raise AdapterError(
-            f"{without_data[0]}: its weight is on the meta device. Call model.to_empty(device=...) or "
+            f"{path}: its weight is on the meta device. Call model.to_empty(device=...) or "
             "model.load_state_dict(..., assign=True) first."
         )
     for (path, entry), tensor in base.items():
         own = local_tensor(tensor)
         if own.is_floating_point() and own.numel() and bool(own.isnan().all()):
             raise AdapterError(
-                f"{path}.{entry}: the base model's values are NaN, because its weights were loaded with "
-                "set_model_state_dict, which fills the trained copy (modules_to_save or bias). Load them before "
-                "hra_fx.transform, or load an adapter (hra_fx.load_adapter)."
+                f"{path}.{entry}: the base model's values are NaN, because set_model_state_dict fills the trained copy "
+                "(modules_to_save or bias). Load its weights before hra_fx.transform, or load an adapter."
             )
 
 
@@ -127,13 +122,9 @@ def replace_values(
             owner, held = owners[path]
             own = held.get(owner, name, entry)
             if own.is_meta:
-                made.setdefault(own, _like(own, value))
+                new = value.detach().to(own.dtype, copy=True)
+                is_parameter = isinstance(own, nn.Parameter)
+                made.setdefault(own, nn.Parameter(new, own.requires_grad) if is_parameter else new)
                 held.set(owner, name, entry, made[own])
             else:
                 own.copy_(distribute_like(value, own))
-
-
-def _like(own: Tensor, value: Tensor) -> Tensor:
-    """Create a tensor with this value, to replace a tensor without data."""
-    new = value.detach().to(own.dtype, copy=True)
-    return nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new

@@ -63,7 +63,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     before = _trainable(model) if wrapped else set()
     with _LOCK:
         if not state.disabled_blocks:
-            state.disabled, state.disabled_calls = False, 0
+            state.disabled_calls = 0
         activate(parts, state, names, trainable=not inference_mode)
     if wrapped and (new := sorted(_trainable(model) - before)):
         text = (
@@ -108,23 +108,22 @@ class disable_adapters:
         self._root, self._state = root_of(model, parts)
         check_unmerged(self._state)
         check_copies_can_switch(self._root, parts, ())
-        self._count(calls=1)
+        _count(self._root, self._state, calls=1)
 
     def __enter__(self) -> None:
         """Start a block in which `set_adapter` selects adapters but does not enable them."""
-        self._count(calls=-1, blocks=1)
+        _count(self._root, self._state, calls=-1, blocks=1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Restore the previous state, or the adapters that were set in the block."""
-        self._count(blocks=-1)
+        _count(self._root, self._state, blocks=-1)
 
-    def _count(self, *, calls: int = 0, blocks: int = 0) -> None:
-        state = self._state
-        with _LOCK:
-            # `set_adapter` and `enable_adapters` may have set them to 0.
-            state.disabled_calls = max(0, state.disabled_calls + calls)
-            state.disabled_blocks = max(0, state.disabled_blocks + blocks)
-            _update(self._root, state)
+
+def _count(root: nn.Module, state: AdapterState, *, calls: int = 0, blocks: int = 0) -> None:
+    with _LOCK:  # `set_adapter` and `enable_adapters` may have set them to 0
+        state.disabled_calls = max(0, state.disabled_calls + calls)
+        state.disabled_blocks = max(0, state.disabled_blocks + blocks)
+        sync_layers(collect_parts(root), state)
 
 
 def enable_adapters(model: nn.Module) -> None:
@@ -139,12 +138,7 @@ def enable_adapters(model: nn.Module) -> None:
     check_copies_can_switch(root, parts, state.active)
     with _LOCK:
         state.disabled_calls = state.disabled_blocks = 0
-        _update(root, state)
-
-
-def _update(root: nn.Module, state: AdapterState) -> None:
-    state.disabled = bool(state.disabled_calls or state.disabled_blocks)
-    sync_layers(collect_parts(root), state)
+        sync_layers(parts, state)
 
 
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:

@@ -174,6 +174,7 @@ def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *
 def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     """Update every adapted layer and every trained copy from the state of the model."""
     state.layers = tuple(parts.layers)
+    state.disabled = bool(state.disabled_calls or state.disabled_blocks)
     acting = () if state.disabled else state.active
     unmerged = tuple(name for name in acting if name not in state.merged)
     for adapters in parts.adapters:

@@ -29,7 +29,7 @@ def test_it_is_the_same_object_and_a_second_transform_does_nothing() -> None:
         "first.hra_u.default",
         "second.hra_u.default",
     ]
-    with pytest.raises(AdapterError, match="the model already has an adapter with this name and another configuration"):
+    with pytest.raises(AdapterError, match="already has reflections of default, of another name or configuration"):
         hra_fx.transform(model, config(r=2))
 
 
