@@ -29,6 +29,7 @@ NAMES: dict[str, str] = {
     "VerificationError": "Compare the outputs with those of hra_fx.fold(copy.deepcopy(model)).",
     "accelerate_peft": "Call hra_fx.from_peft(trainer.model) after the trainer is made.",
     "combine": "Call hra_fx.set_adapter(model, [...]): active adapters act as their product, as in hra_fx.fold.",
+    "delete_adapters": "Call hra_fx.delete_adapter(model, name) for each adapter.",
     "freeze": "Fold the model before torch.export: hra_fx.fold(model).",
     "get_layer_status": "Call hra_fx.report(model), or print_trainable_parameters().",
     "get_model_status": "Call hra_fx.report(model), or print_trainable_parameters().",
@@ -41,6 +42,7 @@ NAMES: dict[str, str] = {
     "mixed_batch": "Group the rows by adapter, and call the model once for each adapter. vLLM serves several LoRAs in "
     "one batch: write them with hra_fx.save_as_lora.",
     "plan_fold": "Call hra_fx.report for the change of each weight, and hra_fx.fold.",
+    "set_adapters": "Call hra_fx.set_adapter(model, names), and hra_fx.set_scale(model, name, alpha) for each weight.",
 }
 
 #: Function or class -> its removed argument -> what to do instead.

@@ -28,7 +28,7 @@ from hra_fx.model.merge import merge_adapter
 from hra_fx.model.remove import delete_adapter, remove_adapters
 from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import AdapterState, collect_parts, get_state, names_in, root_of
-from hra_fx.model.switch import check_scale, disable_adapters, set_scale
+from hra_fx.model.switch import disable_adapters
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import removed_method
@@ -76,6 +76,8 @@ class HRAModel(SwapMixin):
     get_nb_trainable_parameters = trainable.count_parameters
     get_layer_status = removed_method("get_layer_status")
     get_model_status = removed_method("get_model_status")
+    delete_adapters = removed_method("delete_adapters")
+    set_adapters = removed_method("set_adapters")
     enable_adapter_layers = enable_adapters = switch.enable_adapters
     load_adapter = load_adapter
     set_adapter = switch.set_adapter
@@ -180,23 +182,6 @@ class HRAModel(SwapMixin):
     def disable_adapters(self) -> None:
         """Same as `disable_adapter_layers`. transformers and diffusers use this name."""
         self.disable_adapter_layers()
-
-    def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
-        """Same as `set_adapter`, with optional scales from 0 to 1 (`hra_fx.set_scale`). diffusers uses this name."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = weights if isinstance(weights, list) else [1.0 if weights is None else weights] * len(names)
-        if len(given) != len(names):
-            raise AdapterError(f"weights must have one entry per adapter, got {len(given)} for {len(names)} adapters.")
-        for weight in given:
-            check_scale(weight)
-        self.set_adapter(names)
-        for name, weight in zip(names, given, strict=True):
-            set_scale(self, name, weight)
-
-    def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """Same as `delete_adapter`, for one or more adapters. diffusers uses this name."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
-            self.delete_adapter(name)
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """Same as `hra_fx.merge_adapter`, which always checks that the weights stay finite."""

@@ -15,9 +15,8 @@ from hra_fx.checkpoint.saving import CARD_NAME, save_adapters, write_card
 from hra_fx.errors import AdapterError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import on_first_rank
-from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.state import adapted_layers, root_of
+from hra_fx.model.state import root_of
 from hra_fx.model.tied import parts
 
 #: Options of `HfApi.upload_folder`.
@@ -134,17 +133,17 @@ class AdaptedPretrainedModel(AdaptedModel):
         return super().load_state_dict(own, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resize the embeddings like the base class. Adapters on them or on the output layer raise an error."""
-        base: Any = super()
-        _check_resizable(self)
-        return base.resize_token_embeddings(*args, **kwargs)
+        """Raise an error, because the base class would replace layers with reflections and trained copies."""
+        raise AdapterError(
+            f"{type(self).__name__}: resize_token_embeddings could lose adapters and trained copies. Resize before "
+            "hra_fx.transform, or fold first."
+        )
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
         """Raise an error, because the base class would replace the adapted layers."""
         raise AdapterError(
             f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
-            "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
-            "(hra_fx.load_adapter)."
+            "Save the adapter (hra_fx.save_adapter), and load it (hra_fx.load_adapter) into a dequantized model."
         )
 
     @property
@@ -186,22 +185,3 @@ def root_class_for(model: nn.Module) -> type[AdaptedModel]:
     """The class that is mixed into a model. For models with `save_pretrained`, it replaces more methods."""
     pretrained = callable(getattr(original_class(model), "save_pretrained", None))
     return AdaptedPretrainedModel if pretrained else AdaptedModel
-
-
-def _check_resizable(model: Any) -> None:
-    """Check that no adapter is on the embeddings or the output layers, and that none has a trained copy of them."""
-    found = (model.get_input_embeddings(), model.get_output_embeddings())
-    ends = [part for end in found if isinstance(end, nn.Module) for part in end.modules()]
-    rows = getattr(ends[0], "num_embeddings", None) if ends else None
-    # Some classes, such as MobileBERT, also resize other layers with an entry for each token.
-    adapted = [path for path, layer in adapted_layers(model).items() if layer in ends or layer.hra_u.width == rows]
-    trained = [
-        path
-        for path, (owner, _) in all_copies(model).items()
-        if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows)
-    ]
-    if paths := adapted + trained:
-        raise AdapterError(
-            f"{paths[0]}: an adapter rotates it or has a trained copy of it, and resize_token_embeddings would lose "
-            "that. Resize before hra_fx.transform, or fold first."
-        )

@@ -137,7 +137,11 @@ def check_layers(
     present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in layers.items()}
     written = {path: here for path, here in present.items() if here}
     check_whole(root, "fold or merge its adapters", "writing")
-    check_not_tied(root, {path: layers[path] for path in written})
+    weights = {weight_entry(path, layers[path]): layers[path].hra_base for path in written}
+    for entry, others in tied_to(dict(state_modules(root)), weights).items():  # tied after `transform`
+        raise FoldError(
+            f"{entry}: it shares memory with {', '.join(others)}, which would change too. {how_to_untie(entry)}."
+        )
     for path, here in written.items():
         _check_layer(path, layers[path], here)
     return written
@@ -162,7 +166,8 @@ def _check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> None
             "that first (prune.remove, remove_weight_norm)."
         )
     weight = layer.hra_base.detach()
-    if layer.hra_base.is_inference() or _is_expanded(weight):
+    is_expanded = any(step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True))
+    if layer.hra_base.is_inference() or is_expanded:
         raise FoldError(
             f"{path}: its weight cannot be written, because it was created in inference mode or is an expanded tensor. "
             "Replace it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
@@ -181,16 +186,3 @@ def _fits_dtype(rows: Tensor) -> bool:
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     return bool((lengths < torch.finfo(rows.dtype).max).all())
-
-
-def check_not_tied(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that no weight was tied to another tensor after `transform`, so that it can be written in place."""
-    weights = {weight_entry(path, layer): layer.hra_base for path, layer in layers.items()}
-    for entry, others in tied_to(dict(state_modules(model)), weights).items():  # the first one is enough
-        raise FoldError(
-            f"{entry}: it shares memory with {', '.join(others)}, which would change too. {how_to_untie(entry)}."
-        )
-
-
-def _is_expanded(weight: Tensor) -> bool:
-    return any(step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True))

@@ -58,7 +58,10 @@ def put_adapter(
     """
     known = get_state(model)
     if known is not None:
-        _check_addable(model, known, name)
+        if name in known.configs:
+            raise AdapterError(f"adapter {name!r} already exists in this model. Delete it, or choose another name.")
+        check_unmerged(known)
+        check_whole(model, f"add adapter {name!r}", "adding")
     state = known or AdapterState(frozen=freeze(model))
     with removed_on_error(model, state, name, config):
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -78,13 +81,6 @@ def put_adapter(
             parts = collect_parts(model)
             set_requires_grad(parts, {name: False})
             sync_layers(parts, state)
-
-
-def _check_addable(model: nn.Module, state: AdapterState, name: str) -> None:
-    if name in state.configs:
-        raise AdapterError(f"adapter {name!r} already exists in this model. Delete it first, or choose another name.")
-    check_unmerged(state)
-    check_whole(model, f"add adapter {name!r}", "adding")
 
 
 def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections.abc import Iterable
@@ -172,7 +171,8 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     """
     root, state = root_of(model)
     (name,) = names_in(state, adapter_name)
-    check_scale(alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise AdapterError(f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")
     check_unmerged(state)
     check_whole(root, "scale its adapters")
     layers = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
@@ -187,9 +187,3 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
         text = f"adapter {name!r}: the scale only affects reflections, not trained modules and biases."
         warnings.warn(text, HRAWarning, stacklevel=2)
-
-
-def check_scale(alpha: object) -> None:
-    """Check that a scale is a number from 0 to 1."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise AdapterError(f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")

@@ -97,7 +97,7 @@ REFUSED = {
     for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_kept", "remove", "add", 3)
 }
 REFUSED |= {
-    "a": "adapter 'a' already exists in this model. Delete it first, or choose another name.",
+    "a": "adapter 'a' already exists in this model. Delete it, or choose another name.",
 }
 
 
