@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from hra_fx.reporting.columns import is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.subject import Subject, subject_of
+from hra_fx.view.subject import boxes_of, own_parameters
 from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
@@ -64,10 +65,14 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     graph = drawn_graph(model, example_inputs)
     if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
         _note_shapes(graph, normalize_inputs(example_inputs))
-    subject = subject_of(model, graph)
-    name, picture = subject.classes.get("", type(model).__name__), leaves_of(subject)
+    boxes = boxes_of(model)
+    picture = leaves_of(model, graph, boxes)
+    parameters = sum(parameter.numel() for parameter in own_parameters(model))
     _mark(picture, found)
-    facts = _facts(subject, found) + " · not trained yet (identity)" * is_identity(found.rows)
+    facts = _facts(parameters, [box.rank for box in boxes.values()], found)
+    facts += " · not traced: pass example_inputs to draw the data flow" * (graph is None)
+    facts += " · not trained yet (identity)" * is_identity(found.rows)
+    name = picture.graph["classes"][""]
     return Drawing(name, name + " with HRA" * bool(found.rows), facts, picture, found)
 
 
@@ -93,15 +98,12 @@ def _note_shapes(module: fx.GraphModule, call: Call) -> None:
             node.meta["val"] = noted.meta["val"]
 
 
-def _facts(subject: Subject, found: Report) -> str:
-    traced = "" if subject.graph else " · not traced: pass example_inputs to draw the data flow"
-    if not subject.layers:
-        return f"{subject.parameters:,} parameters · no adapters{traced}"
-    ranks = low_to_high([layer.rank for layer in subject.layers.values()])
+def _facts(parameters: int, ranks: Sequence[int], found: Report) -> str:
+    if not ranks:
+        return f"{parameters:,} parameters · no adapters"
     adapter = sum(row.parameters for row in found.rows)
-    share = adapter / max(subject.parameters, 1)
-    words = f"{counted(len(subject.layers), 'adapted layer')} · r = {ranks} · {adapter:,} adapter parameters"
-    return f"{words} ({share:.2%} of {subject.parameters:,}){traced}"
+    words = f"{counted(len(ranks), 'adapted layer')} · r = {low_to_high(ranks)} · {adapter:,} adapter parameters"
+    return f"{words} ({adapter / max(parameters, 1):.2%} of {parameters:,})"
 
 
 def _mark(picture: nx.DiGraph[str], found: Report) -> None:

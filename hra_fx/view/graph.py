@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -25,7 +25,7 @@ from hra_fx.passes.canonical import CHECKS
 from hra_fx.passes.match import is_metadata
 from hra_fx.passes.modes import ByMode
 from hra_fx.passes.nodes import normalize_path
-from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
+from hra_fx.view.subject import classes_of, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 
 #: The submodules that check the inputs of programs and captured models, and the submodule of the factors.
@@ -36,15 +36,20 @@ _CASTS = frozenset({"alias", "detach", "to"})
 _LIFTED = "lifted_tensor_"
 
 
-def leaves_of(subject: Subject) -> nx.DiGraph[str]:
+def leaves_of(model: nn.Module, graph: fx.GraphModule | None, boxes: Mapping[str, Leaf]) -> nx.DiGraph[str]:
     """Create the leaves of the whole model.
+
+    Args:
+        model: the modules by name.
+        graph: the graph of the model; `None` if it is not traced.
+        boxes: the box of each adapted layer, from `boxes_of`.
 
     Returns:
         An acyclic DiGraph. `graph["traced"]` says if the model is traced, and `graph["classes"]` has the class names by
         module path. The marks of the leaves are the adapted layers of the model, each exactly once.
     """
-    builder = _Builder(subject)
-    builder.draw()
+    builder = _Builder(model, boxes)
+    builder.draw(graph)
     return builder.picture
 
 
@@ -59,43 +64,55 @@ def _stack(node: fx.Node) -> list[tuple[str, str]]:
     return [(path + "".join(re.findall(r"@\d+$", call)), path) for call, path in paths if path]
 
 
+def _place(node: fx.Node, layers: Sequence[str]) -> tuple[str, ...]:
+    """The calls of the modules around a node, which computes some adapted layers."""
+    stack = _stack(node)
+    owner = stack[-1][1] if stack else ""
+    if layers and node.op == "get_attr":
+        owner = _parent(layers[0])
+    elif node.op == "call_module":
+        owner = _parent(str(node.target))
+    calls = {path: call for call, path in stack}
+    return tuple(calls.get(prefix, prefix) for prefix in prefixes(owner))
+
+
 class _Builder:
     """Creates the leaves, in the order in which modules are defined."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.model = subject, subject.model
-        self.picture: nx.DiGraph[str] = nx.DiGraph()
-        self.numbers: dict[str, int] = {}  # of the leaves, in order
+    def __init__(self, model: nn.Module, boxes: Mapping[str, Leaf]) -> None:
+        self.model, self.boxes = model, boxes
+        self.picture: nx.DiGraph[str] = nx.DiGraph(classes=classes_of(model))
         self.drawn: set[str] = set()  # paths of the adapted layers that a leaf has as marks
         self.counted: set[int] = set()  # ids of the parameters that a leaf counts
         self.visited: dict[int, str] = {}  # id of a module -> its path
-        for path in self.subject.layers:  # layers count their own parameters, even if another node reads the weight
-            self._once(own_parameters(self.model.get_submodule(path)))
+        for path in boxes:  # layers count their own parameters, even if another node reads the weight
+            self._once(own_parameters(model.get_submodule(path)))
+        first = {model.get_submodule(path): path for path in boxes}
+        named = model.named_modules(remove_duplicate=False)
+        self.aliases = {path: first[part] for path, part in named if part in first}  # any path -> its first path
         self.inside: dict[str, dict[str, None]] = {}  # path of a module -> the adapted layers in it
-        for path, layer in {**{path: path for path in self.subject.layers}, **self.subject.aliases}.items():
+        for path, layer in {**{path: path for path in boxes}, **self.aliases}.items():
             for owner in prefixes(path):
                 self.inside.setdefault(owner, {})[layer] = None
-        self.busy = {""} | {prefix for path in self.subject.layers for prefix in prefixes(path)}
-        self.picture.graph["traced"] = subject.graph is not None
-        self.picture.graph["classes"] = dict(self.subject.classes)
+        self.busy = {""} | {prefix for path in boxes for prefix in prefixes(path)}
 
-    def draw(self) -> None:
+    def draw(self, graph: fx.GraphModule | None) -> None:
         """Add all leaves."""
-        if self.subject.graph is None:
+        self.picture.graph["traced"] = graph is not None
+        if graph is None:
             self.walk(self.model, "")
         else:
-            self._add_graph(self.subject.graph)
-        for path in self.subject.layers:
+            self._add_graph(graph)
+        for path in self.boxes:
             self.add_missing(path)
         if not self.picture:  # a single layer, or a model without layers, is one box
-            name = self.subject.classes.get("", "")
-            count = self._once(own_parameters(self.model))
+            name, count = type(self.model).__name__, self._once(own_parameters(self.model))
             detail = describe_module(self.model)
             self._add("module:", Leaf(name, detail, "eager", "eager", name, (), parameters=count))
 
     def walk(self, module: nn.Module, path: str) -> None:
         """Add a module and its children, in the order of definition."""
-        if path in self.subject.layers:
+        if path in self.boxes:
             self.add_missing(path)
         elif id(module) in self.visited:
             self._add_eager(path, f"same module as {self.visited[id(module)]}")
@@ -114,7 +131,6 @@ class _Builder:
 
     def _add(self, key: str, leaf: Leaf, sources: Mapping[str, str] | None = None) -> None:
         self.drawn.update(leaf.marks)
-        self.numbers[key] = len(self.numbers)
         self.picture.add_node(key, leaf=leaf)
         self.picture.add_edges_from((source, key, {"shape": shape}) for source, shape in (sources or {}).items())
 
@@ -126,8 +142,8 @@ class _Builder:
         self._add(f"module:{path}", leaf)
 
     def _adapted_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
-        path = self.subject.aliases.get(path, path)
-        leaf = self.subject.layers[path]
+        path = self.aliases.get(path, path)
+        leaf = self.boxes[path]
         if path in self.drawn:
             leaf = replace(leaf, marks=(), parameters=0)
         return replace(leaf, op=op, place=place)
@@ -154,7 +170,6 @@ class _Builder:
         """Add the leaves of the traced model and their edges. A value without a box has the sources of its inputs."""
         values: dict[fx.Node, Value] = {}
         masks = constant_masks(graph.graph)
-        knows_places = any(node.meta.get("nn_module_stack") for node in graph.graph.nodes)
         held = dict(graph.named_parameters(remove_duplicate=False))
         for node in graph.graph.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -163,7 +178,7 @@ class _Builder:
             if value is None:
                 key = f":{node.name}"
                 before = read(node, values)
-                place = self._place(node, before if not knows_places else Value(), layers)
+                place = _place(node, layers)
                 around = (node, module, place)
                 leaf = self._leaf_of_layers(layers, *around) if layers else self._leaf(*around, before)
                 if leaf.kind == "op":
@@ -178,24 +193,6 @@ class _Builder:
             values[node] = value
         inputs = [key for node, value in values.items() if node.op == "placeholder" for key in value.sources]
         self.picture.remove_nodes_from([key for key in inputs if not self.picture.out_degree(key)])
-
-    def _place(self, node: fx.Node, before: Value, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """The modules around a node. Without `nn_module_stack`, an operation is placed with its latest input."""
-        stack = _stack(node)
-        if layers and node.op == "get_attr":
-            owner = _parent(layers[0])
-        elif node.op == "call_module":
-            owner = _parent(str(node.target))
-        elif stack:
-            owner = stack[-1][1]
-        elif before.sources and node.op not in ("placeholder", "output"):
-            latest = max(before.sources, key=self.numbers.__getitem__)  # in any order of the operands
-            source: Leaf = self.picture.nodes[latest]["leaf"]
-            return source.place
-        else:
-            owner = ""
-        calls = {path: call for call, path in stack}
-        return tuple(calls.get(prefix, prefix) for prefix in prefixes(owner))
 
     def _leaf(self, node: fx.Node, module: nn.Module | None, place: tuple[str, ...], before: Value) -> Leaf:
         if module is not None:

@@ -1,9 +1,6 @@
-"""The input of a picture for any type of model: its graph, its modules, and the adapted layers."""
+"""The modules of a picture: the boxes of adapted layers, names, classes and parameters."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import fx, nn
 
@@ -14,44 +11,21 @@ from hra_fx.passes.nodes import normalize_path
 from hra_fx.view.tree import Leaf
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model to draw."""
-
-    model: nn.Module  # the modules by name
-    graph: fx.GraphModule | None  # `None` if it is not traced
-    layers: Mapping[str, Leaf]  # the box of each adapted layer, by path
-    aliases: Mapping[str, str]  # any path of an adapted layer -> its first path
-    classes: Mapping[str, str]  # path of a module -> name of the class
-    parameters: int  # of the model, without its adapters
-
-
-def subject_of(model: nn.Module, graph: fx.GraphModule | None) -> Subject:
-    """Create the subject of a model, adapted or not, with the graph that was traced from it."""
-    layers = adapted_layers(model)
-    first = {layer: path for path, layer in layers.items()}
-    named = dict(model.named_modules(remove_duplicate=False))
+def boxes_of(model: nn.Module) -> dict[str, Leaf]:
+    """The box of each adapted layer, by path."""
     state = get_state(model)
-    return Subject(
-        model=model,
-        graph=graph,
-        layers={path: _box(path, layer, state) for path, layer in layers.items()},
-        aliases={path: first[part] for path, part in named.items() if part in first},
-        classes={path: type(part).__name__ for path, part in named.items()} | _classes_in(model),
-        parameters=sum(parameter.numel() for parameter in own_parameters(model)),
-    )
+    return {path: _box(path, layer, state) for path, layer in adapted_layers(model).items()}
 
 
-def _classes_in(model: nn.Module) -> dict[str, str]:
-    """The classes of the modules whose forwards are in a `GraphModule`, which replaces them with plain modules."""
-    if not isinstance(model, fx.GraphModule):
-        return {}
+def classes_of(model: nn.Module) -> dict[str, str]:
+    """The class names of all modules by path. A `GraphModule` knows those that it replaced with plain modules."""
+    classes = {path: type(part).__name__ for path, part in model.named_modules(remove_duplicate=False)}
     plain = {path for path, part in model.named_modules() if type(part) is nn.Module}
-    classes: dict[str, str] = {}
-    for node in model.graph.nodes:
+    for node in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
         for path, cls in (node.meta.get("nn_module_stack") or {}).values():
             if (normal := normalize_path(path)) in plain:
-                classes.setdefault(normal, cls.rpartition(".")[2] if isinstance(cls, str) else cls.__name__)
+                classes[normal] = cls.rpartition(".")[2] if isinstance(cls, str) else cls.__name__
+                plain.remove(normal)
     return classes
 
 
