@@ -14,14 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.base_model import BaseRow, first_row, read_base_row
-from hra_fx.checkpoint.folder import (
-    PREFIX,
-    WEIGHTS_NAME,
-    copy_key,
-    find,
-    read,
-    reflection_key,
-)
+from hra_fx.checkpoint.folder import PREFIX, WEIGHTS_NAME, copy_key, find, read, reflection_key
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
@@ -91,20 +84,14 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
         if not key.endswith(_VECTORS_OF_0_4)
     }
     for key, vectors in tensors.items():
-        if key.endswith(f".{REFLECTION}"):
-            _check_vectors(file, key, vectors)
+        what = ""
+        if key.endswith(f".{REFLECTION}") and not vectors.is_floating_point():
+            what = f"has dtype {str(vectors.dtype).removeprefix('torch.')}, but vectors are floating-point numbers"
+        elif key.endswith(f".{REFLECTION}") and vectors.dim() > 1 and not vectors.double().ne(0).any(-2).all():
+            what = "has a vector of zeros, which has no direction to reflect"
+        if what:
+            raise CheckpointError(f"{file}: {key} {what}. The file is damaged: save or download the adapter again.")
     return Adapter(file, own, tensors, read_base_row(metadata))
-
-
-def _check_vectors(file: Path, key: str, vectors: Tensor) -> None:
-    """Check that each vector has a direction."""
-    if not vectors.is_floating_point():
-        what = f"has dtype {str(vectors.dtype).removeprefix('torch.')}, but vectors are floating-point numbers"
-    elif vectors.dim() > 1 and not vectors.double().ne(0).any(-2).all():
-        what = "has a vector of zeros, which has no direction to reflect"
-    else:
-        return
-    raise CheckpointError(f"{file}: {key} {what}. The file is damaged: save or download the adapter again.")
 
 
 @dataclass(frozen=True)
@@ -146,7 +133,10 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
         for name in names
         if name not in non_persistent_buffers(owner)
     }
-    shapes = {reflection_key(path): _vectors_shape(layer, config.rank_of(path)) for path, layer in layers.items()}
+    shapes = {
+        reflection_key(path): (get_adapters(layer) or adapters_for(layer)).vectors_shape(config.rank_of(path))
+        for path, layer in layers.items()
+    }
     shapes |= {key: tuple(shape) for key, shape in copies.values()}
     _check_keys(adapter, model, shapes.keys())
     for key, expected in shapes.items():
@@ -162,10 +152,6 @@ def _copy_key(adapter: Adapter, path: str, name: str, *, adapted: bool) -> str:
     """The key of a tensor in the file. PEFT has two names for a bias, depending on its other adapters."""
     keys = [copy_key(path, name, adapted=adapted), copy_key(path, name, adapted=not adapted)]
     return next((key for key in keys if key in adapter.tensors), keys[0])
-
-
-def _vectors_shape(layer: nn.Module, r: int) -> tuple[int, ...]:
-    return (get_adapters(layer) or adapters_for(layer)).vectors_shape(r)
 
 
 def _check_keys(adapter: Adapter, model: nn.Module, expected: Set[str]) -> None:

@@ -33,7 +33,6 @@ from hra_fx.checkpoint.folder import (
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional.chain import KEPT, chain_of, vectors_of
-from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
@@ -200,7 +199,9 @@ def _state_of(root: nn.Module) -> dict[str, Tensor]:
 
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config, sites, layers = record.configs[name], layers_with(root, record, name), adapted_layers(root)
-    if missing := [entry for path in sites for entry in _entries(layers[path].hra_u, path, name) if entry not in state]:
+    entries = [vectors_entry(path, name) for path in sites]
+    entries += [kept_entry(path, name) for path in sites if layers[path].hra_u.kept(name) is not None]
+    if missing := [entry for entry in entries if entry not in state]:
         raise AdapterError(
             f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With transformers' Trainer "
             "and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
@@ -225,12 +226,6 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         config = dataclasses.replace(config, apply_GS=False)
     row = write_base_row({path: layers[path] for path in sites}, chains)
     return _inference_config(root, config), {key: tensor.detach() for key, tensor in tensors.items()}, row
-
-
-def _entries(adapters: HouseholderAdapters, path: str, name: str) -> list[str]:
-    """The entries of a state that the chain of an adapter is computed from: also its kept directions."""
-    kept = [kept_entry(path, name)] if adapters.kept(name) is not None else []
-    return [vectors_entry(path, name), *kept]
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 from typer import Option
 
-from hra_fx.cli.screen import (
-    CHECK_FAILED,
-    Json,
-    print_message,
-    show_heading,
-    show_json,
-    show_lines,
-    show_table,
-)
+from hra_fx.cli.screen import CHECK_FAILED, Json, print_message, show_heading, show_json, show_lines, show_table
 from hra_fx.errors import SelectionError, UnsupportedLayerError
 from hra_fx.reporting.words import counted, plain
 

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from hra_fx.checkpoint.folder import PREFIX
 from hra_fx.compat import weight_conversions
-from hra_fx.errors import AdapterError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind
 from hra_fx.lora.unsupported import unsupported
@@ -97,12 +96,6 @@ class LoraAdapter:
     def rank(self) -> int:
         """The common rank of all layers: the largest rank, at least 1."""
         return max([1, *(layer.rank for layer in self.layers)])
-
-
-def check_rank(rank: int | None) -> None:
-    """Check the largest rank of a layer."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise AdapterError(f"`rank` must be a positive int or None, got {rank!r}.")
 
 
 def exact_targets(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:

@@ -23,7 +23,7 @@ from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import full_tensor, gathered
 from hra_fx.layers.target import ADAPTER_CHILDREN, weight_place
 from hra_fx.layers.trained_copies import copies_of
-from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names, check_rank
+from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.merge import base_weight
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of, unwrap
@@ -41,7 +41,8 @@ def lora_adapter(
 
     `adapter_names` are in the order of the product `W Q_a Q_b`; `None` for the active ones. `rank` is the largest rank.
     """
-    check_rank(rank)
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise AdapterError(f"`rank` must be a positive int or None, got {rank!r}.")
     root, state = root_of(model)
     whole = unwrap(model)
     # Runtimes load the LoRA into the whole model, even if only a part of it was transformed.

@@ -71,20 +71,23 @@ class Row:
     scale: float = 1.0
 
 
-def rotation_of(chain: Tensor | None) -> RotationStats:
-    """The angles of the reflections from `chain_of`; NaN for `None`. For experts, the angles of all experts."""
+def measured_fields(chain: Tensor | None, rows: Tensor | None) -> dict[str, Any]:
+    """The measured fields of a row, from `chain_of` and `weight_rows`; NaN without them. Experts are one matrix."""
     if chain is None:
-        return RotationStats(math.nan, (math.nan,), math.nan)
-    parts = [rotation_stats(one) for one in (chain if chain.dim() == 3 else chain[None])]
-    angles = sorted((angle for part in parts for angle in part.angles), reverse=True)
-    rotation = math.hypot(*(part.rotation for part in parts))  # `Q` of all experts is block-diagonal
-    return RotationStats(rotation, tuple(angles), math.hypot(*(part.orthogonality for part in parts)))
+        found = RotationStats(math.nan, (math.nan,), math.nan)
+    else:  # `Q` of all experts is block-diagonal
+        parts = [rotation_stats(one) for one in (chain if chain.dim() == 3 else chain[None])]
+        angles = sorted((angle for part in parts for angle in part.angles), reverse=True)
+        size, error = (
+            math.hypot(*norms) for norms in zip(*((one.rotation, one.orthogonality) for one in parts), strict=True)
+        )
+        found = RotationStats(size, tuple(angles), error)
+    share, change = (math.nan, math.nan) if rows is None or chain is None else _change_of(rows, chain)
+    middle = {"angle": found.angle, "mean_angle": found.mean_angle}
+    return {**found._asdict(), **middle, "share": share, "weight_change": change}
 
 
-def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
-    """Return how much the reflections change the weight from `weight_rows`; NaN if one of them is `None`."""
-    if rows is None or chain is None:
-        return RelativeChange(math.nan, math.nan)
+def _change_of(rows: Tensor, chain: Tensor) -> RelativeChange:
     if chain.dim() == 2:
         return relative_change(rows, chain)
     sizes = [float(expert.double().square().sum()) for expert in rows]
@@ -93,13 +96,6 @@ def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
     share = sum(size * one.share for size, one in zip(sizes, changes, strict=True)) / total
     change = sum(size * one.change**2 for size, one in zip(sizes, changes, strict=True)) / total
     return RelativeChange(share, math.sqrt(change))
-
-
-def measured_fields(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
-    """The measured fields of a row, from `chain_of` and `weight_rows`."""
-    rotation, changed = rotation_of(chain), change_of(weight, chain)
-    angles = {"angle": rotation.angle, "mean_angle": rotation.mean_angle}
-    return {**rotation._asdict(), **angles, "share": changed.share, "weight_change": changed.change}
 
 
 def moved(basis: Tensor | None, chain: Tensor | None) -> float | None:
