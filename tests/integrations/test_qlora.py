@@ -15,11 +15,8 @@ from adapting import vectors_of
 from integrations.trl_use.runs import OURS, PEFT, TAKEN, logs, own_cache, redraw, trainer  # noqa: F401
 from oracles import relative_error
 from tiny import llama
-from tiny_models import tokens_of, trainer_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
-
-import hra_fx
 
 pytestmark = pytest.mark.filterwarnings(
     # The names that transformers has had since 5.0; it means to rename them.
@@ -60,43 +57,8 @@ def prepared(folder: Path, mode: str = "plain") -> Any:
     )
 
 
-def adapted(base: Any, seed: int = 0) -> Any:
-    """With pairs of vectors that cancel, so that the model is the base model."""
-    model = hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS))
-    redraw(model, seed)
-    return model
-
-
-def logits(model: Any) -> Tensor:
-    """Without dropout, in train mode: in eval mode, bitsandbytes computes unadapted layers in bfloat16 on some CPUs."""
-    with torch.no_grad():
-        return model.train()(input_ids=tokens_of(2, 8)).logits.float()
-
-
 def losses(trainer: Trainer) -> Tensor:
     return torch.tensor(logs(trainer, "loss")).flatten()
-
-
-def test_a_run_is_saved_opened_over_4_bits_and_goes_on(folder: Path, tmp_path: Path) -> None:
-    mode = "not reentrant"
-    options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0, "learning_rate": 5e-2}
-    whole = trainer_of(Trainer, "llama", adapted(prepared(folder, mode)), tmp_path / "run", **options)
-    whole.train()
-    again = trainer_of(Trainer, "llama", adapted(prepared(folder, mode), seed=100), tmp_path / "run", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert torch.equal(logits(again.model), logits(whole.model))
-
-    whole.save_model(str(tmp_path / "adapter"))
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 40_000
-    by_peft = peft.PeftModel.from_pretrained(prepared(folder), tmp_path / "adapter", is_trainable=True)
-    ours = hra_fx.load_adapter(prepared(folder, mode), tmp_path / "adapter", is_trainable=True)
-    for model in (hra_fx.from_peft(by_peft), ours):
-        torch.testing.assert_close(logits(model), logits(whole.model), rtol=0, atol=1e-5)
-        assert len(vectors_of(model)) == 14
-        assert all(vectors.requires_grad for vectors in vectors_of(model).values())
-    further = trainer_of(Trainer, "llama", ours, tmp_path, learning_rate=5e-2, seed=0)
-    further.train()
-    assert losses(further).mean() < losses(whole).mean() - 0.2
 
 
 def sft(kind: str, base: Any, output: Path, **options: Any) -> Any:

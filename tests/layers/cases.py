@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from adapting import config
@@ -117,6 +118,7 @@ class Case:
         others: the layers of a second adapter; those of the first by default.
         sites: the paths of the adapted layers, if a layer has several paths.
         parameters: the parameters of experts in both adapters.
+        fields: other fields of the configuration.
     """
 
     make: Callable[[], nn.Module]
@@ -125,6 +127,12 @@ class Case:
     others: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call."""
+        return ((), self.x) if isinstance(self.x, dict) else ((self.x,), {})
 
     def config(self, *targets: str, **fields: Any) -> hra_fx.HRAConfig:
         """A configuration for the layers of the adapter, or for others."""
@@ -133,14 +141,15 @@ class Case:
 
     def pair(self, **fields: Any) -> tuple[Any, Any]:
         """The base model, and an adapted copy with random vectors."""
-        return pair(self.make, self.targets, **{"target_parameters": self.parameters, **fields})
+        return pair(self.make, self.targets, **{"target_parameters": self.parameters, **self.fields, **fields})
 
     def run(self, model: nn.Module) -> Any:
-        return model(**self.x) if isinstance(self.x, dict) else model(self.x)
+        args, kwargs = self.call
+        return model(*args, **kwargs)
 
     def dense(self, base: nn.Module, model: nn.Module, *adapters: str) -> Any:
         """The output of the base model with dense weights `W Q`."""
-        args, kwargs = ((), self.x) if isinstance(self.x, dict) else ((self.x,), {})
+        args, kwargs = self.call
         return run_dense(base, model, *args, adapters=adapters or ("default",), **kwargs)
 
 
@@ -187,3 +196,9 @@ CASES = {
         for name in ("qwen3_moe", "llama4")  # both layouts of experts
     },
 }
+
+
+def marked(name: str, *values: Any) -> Any:
+    """A case with its name, as a parameter of a test."""
+    needs = pytest.mark.needs("transformers>=5.6")
+    return pytest.param(CASES[name], *values, id=name, marks=needs if CASES[name].parameters else ())

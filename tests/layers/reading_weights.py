@@ -119,4 +119,4 @@ USES: dict[str, Callable[[Reading, Tensor], Tensor]] = {
 }
 
 
-TARGETS = "before|after|fc"
+TARGETS = ("before", "after", "fc")

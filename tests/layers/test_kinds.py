@@ -6,12 +6,13 @@ One test compares outputs, gradients and the fold of every case with dense produ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from adapting import config
+from layers.cases import CASES, Case, marked
 from layers.checking import assert_same, check, check_fold, dense_weights, normal, pair, run_dense
 from layers.reading_weights import TARGETS, USES, Reading
 from refusals import refused
@@ -73,45 +74,33 @@ def encoder(**kwargs: Any) -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not kwargs.get("norm_first"))
 
 
-@dataclass
-class Kind:
-    """How a model is made, its targets and its call."""
-
-    make: Callable[[], nn.Module]
-    targets: list[str] | str
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, Any] = field(default_factory=dict)
-
-
 X, MEMORY = normal(1, 5, 2, 12), normal(2, 7, 2, 12)
 ROWS, SEQUENCES = normal(1, 5, 6), normal(6, 2, 5, 12)
+IMAGES = normal(2, 2, 3, 8, 8)
 CAUSAL = torch.triu(torch.full((5, 5), float("-inf"), dtype=torch.float64), 1)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-EVERY = ["self_attn", "out_proj", "linear1", "linear2"]
+EVERY = ("self_attn", "out_proj", "linear1", "linear2")
 
 
-def attention(*args: Tensor, targets: tuple[str, ...] = ("attn", "out_proj"), call: Any = None, **made: Any) -> Kind:
-    return Kind(lambda: Attending(**made), list(targets), args or (X,), call or {})
+def attention(x: Tensor = X, *, targets: tuple[str, ...] = ("attn", "out_proj"), call: Any = None, **made: Any) -> Case:
+    return Case(lambda: Attending(**made), targets, {"x": x, **(call or {})})
 
 
-def linear(make: Callable[[], nn.Module], count: int = 1) -> Kind:
-    return Kind(lambda: Feeding(make(), count), ["layer", "before"], (ROWS,), {}, {"apply_GS": True})
+def linear(make: Callable[[], nn.Module], count: int = 1) -> Case:
+    return Case(lambda: Feeding(make(), count), ("layer", "before"), ROWS, fields={"apply_GS": True})
 
 
-def conv(make: Callable[[], nn.Module]) -> Kind:
-    return Kind(
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), make(), nn.ReLU()), ["0", "1"], (normal(2, 2, 3, 8, 8),), {}, {"r": 2}
-    )
+def conv(make: Callable[[], nn.Module]) -> Case:
+    return Case(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), make(), nn.ReLU()), ("0", "1"), IMAGES, fields={"r": 2})
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Case] = {
     "attention": attention(),
-    "attention to another sequence": attention(X, MEMORY),
-    "the inputs of an attention alone": attention(X, MEMORY, targets=("attn",)),
-    "the output of an attention alone": attention(X, MEMORY, targets=("out_proj",)),
+    "attention to another sequence": attention(call={"k": MEMORY}),
+    "the inputs of an attention alone": attention(call={"k": MEMORY}, targets=("attn",)),
+    "the output of an attention alone": attention(call={"k": MEMORY}, targets=("out_proj",)),
     "no bias": attention(bias=False),
-    "bias of k and v": attention(X, MEMORY, add_bias_kv=True),
+    "bias of k and v": attention(call={"k": MEMORY}, add_bias_kv=True),
     "zero attention": attention(add_zero_attn=True),
     "causal": attention(call={"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
     "mask": attention(call={"attn_mask": normal(3, 5, 5)}),
@@ -122,13 +111,15 @@ KINDS: dict[str, Kind] = {
     ),
     "unbatched": attention(X[:, 0]),
     "dropout": attention(call={"need_weights": False}, dropout=0.3),
-    "other widths": attention(X, normal(4, 6, 2, 5), normal(5, 6, 2, 7), targets=("out_proj",), kdim=5, vdim=7),
-    "encoder, norm first": Kind(lambda: encoder(norm_first=True), EVERY, (SEQUENCES,)),
-    "encoder, gelu": Kind(lambda: encoder(activation="gelu"), EVERY, (SEQUENCES,)),
-    "encoder and decoder": Kind(
+    "other widths": attention(
+        call={"k": normal(4, 6, 2, 5), "v": normal(5, 6, 2, 7)}, targets=("out_proj",), kdim=5, vdim=7
+    ),
+    "encoder, norm first": Case(lambda: encoder(norm_first=True), EVERY, SEQUENCES),
+    "encoder, gelu": Case(lambda: encoder(activation="gelu"), EVERY, SEQUENCES),
+    "encoder and decoder": Case(
         lambda: nn.Transformer(12, 2, 1, 1, 16),
-        [*EVERY, "multihead_attn"],
-        (normal(7, 3, 3, 12), normal(8, 3, 3, 12)),
+        (*EVERY, "multihead_attn"),
+        {"src": normal(7, 3, 3, 12), "tgt": normal(8, 3, 3, 12)},
     ),
     "FalconLinear": linear(lambda: FalconLinear(6, 4)),
     "NonDynamicallyQuantizableLinear": linear(lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(6, 4)),
@@ -140,12 +131,8 @@ KINDS: dict[str, Kind] = {
     "Conv2dSame, dilated": conv(lambda: Conv2dSame(4, 6, (3, 2), dilation=2, bias=False)),
     "demodulated": conv(lambda: Demodulated(4, 6, 3, padding=1)),
     **{
-        f"{use}, {'un' * branches}traceable": Kind(
-            lambda use=use, branches=branches: Reading(use, branches),  # type: ignore[misc]
-            TARGETS,
-            (ROWS,),
-            {},
-            {"apply_GS": branches},
+        f"{use}, {'un' * branches}traceable": Case(
+            partial(Reading, use, branches), TARGETS, ROWS, fields={"apply_GS": branches}
         )
         for use in USES
         for branches in (False, True)
@@ -154,18 +141,23 @@ KINDS: dict[str, Kind] = {
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
-@pytest.mark.parametrize("name", KINDS)
-def test_outputs_gradients_and_the_fold_are_those_of_dense_products(name: str) -> None:
-    kind = KINDS[name]
-    base, model = pair(kind.make, kind.targets, **kind.fields)
-    check(base, model, *kind.args, rtol=1e-9, **kind.kwargs)
+@pytest.mark.parametrize("case", [*map(marked, CASES), *(pytest.param(case, id=id) for id, case in KINDS.items())])
+def test_outputs_gradients_and_folded_weights_are_those_of_the_dense_product(case: Case) -> None:
+    base, model = case.pair()
+    args, kwargs = case.call
+    check(base, model, *args, rtol=1e-9, **kwargs)
+    parameters = {name: id(p) for name, p in model.named_parameters() if ".hra_u." not in name}
+    for name, before in base.named_modules():
+        part = model.get_submodule(name)
+        assert isinstance(part, type(before)) and str(type(part)) == str(type(before))
     if isinstance(model, Reading) and not model.branches:
-        assert_same(hra_fx.graphs(model)[""](*kind.args), run_dense(base, model, *kind.args))
-    check_fold(base, model, *kind.args, rtol=1e-9, **kind.kwargs)
+        assert_same(hra_fx.graphs(model)[""](*args), case.dense(base, model))
+    check_fold(base, model, *args, rtol=1e-9, **kwargs)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-@pytest.mark.parametrize("targets", [*([each] for each in EVERY), EVERY], ids=[*EVERY, "every"])
+@pytest.mark.parametrize("targets", [*([each] for each in EVERY), [*EVERY]], ids=[*EVERY, "every"])
 def test_the_fast_path_over_nested_tensors(targets: list[str]) -> None:
     """It is taken in eval mode without gradients."""
     base, model = pair(encoder, targets)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from adapting import randomise
-from layers.cases import CASES, SHARED, Case
-from layers.checking import assert_same, check, check_fold, dense_weights, gradients, normal, run_dense, vectors_of
+from layers.cases import CASES, SHARED, Case, marked
+from layers.checking import assert_same, dense_weights, gradients, normal, run_dense, vectors_of
 from layers.reading_weights import assert_gradients
 from oracles import relative_error
 from peft_sides import by_peft, by_us, opened_by_peft, plain_name, randomise as randomise_trained, same_tensors
@@ -21,13 +21,6 @@ from torch import Tensor, nn
 
 import hra_fx
 
-
-def marked(name: str, *values: Any) -> Any:
-    """A case with its name."""
-    return pytest.param(CASES[name], *values, id=name, marks=_EXPERTS if CASES[name].parameters else ())
-
-
-_EXPERTS = pytest.mark.needs("transformers>=5.6")
 every = pytest.mark.parametrize("case", [*map(marked, CASES)])
 SORTS: list[dict[str, Any]] = [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}]
 sorts = pytest.mark.parametrize(("case", "fields"), [*map(marked, CASES, cycle(SORTS))])
@@ -51,19 +44,6 @@ def two(case: Case) -> tuple[Any, Any]:
         for vectors in vectors_of(model, "other").values():
             vectors.copy_(normal(8, *vectors.shape))
     return base, model
-
-
-@every
-def test_outputs_gradients_and_folded_weights_are_those_of_the_dense_product(case: Case) -> None:
-    base, model = case.pair()
-    args, kwargs = ((), case.x) if isinstance(case.x, dict) else ((case.x,), {})
-    check(base, model, *args, **kwargs)
-    parameters = {name: id(p) for name, p in model.named_parameters() if ".hra_u." not in name}
-    for name, before in base.named_modules():
-        part = model.get_submodule(name)
-        assert isinstance(part, type(before)) and str(type(part)) == str(type(before))
-    check_fold(base, model, *args, **kwargs)
-    assert {name: id(p) for name, p in model.named_parameters()} == parameters
 
 
 @every
@@ -249,7 +229,7 @@ def test_functional_calls(case: Case) -> None:
     base, model = case.pair()
     state = {name: value.detach() for name, value in model.named_parameters()}
     moved = {name: value * 1.5 if name.endswith("weight") else value for name, value in state.items()}
-    args, kwargs = ((), case.x) if isinstance(case.x, dict) else ((case.x,), {})
+    args, kwargs = case.call
     got = torch.func.functional_call(model, moved, args, kwargs, tie_weights=False)
     scaled = copy.deepcopy(base)
     with torch.no_grad():

@@ -251,7 +251,7 @@ def test_reads_in_the_source_of_a_model_that_was_not_run(name: str) -> None:
 
 @pytest.mark.parametrize("use", USES)
 def test_reads_in_a_forward(use: str) -> None:
-    model = adapted(Reading(use), target_modules=TARGETS)
+    model = adapted(Reading(use), target_modules=[*TARGETS])
     with torch.set_grad_enabled(list(USES).index(use) % 2 == 0):
         model(torch.randn(2, 6))
     refused(copy.deepcopy(model), UnsupportedLayerError, READ.format("(fc|before)") + "|is also another")

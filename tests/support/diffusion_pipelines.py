@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from zoo.models import fields
 
 
-def unet(cross_attention_dim: int = 16, **more: Any) -> diffusers.UNet2DConditionModel:
-    return diffusers.UNet2DConditionModel(**fields("UNET", cross_attention_dim=cross_attention_dim, **more))
+def unet() -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(**fields("UNET", cross_attention_dim=16))
 
 
 def text_encoder(words: int = 40) -> CLIPTextModel:
@@ -62,27 +62,6 @@ def stable_diffusion() -> Any:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    )
-    return quiet(pipe)
-
-
-def stable_diffusion_xl() -> Any:
-    torch.manual_seed(0)
-    words = tokenizer()
-    pipe = diffusers.StableDiffusionXLPipeline(
-        vae=vae(),
-        text_encoder=text_encoder(len(words)),
-        text_encoder_2=projecting_text_encoder(len(words)),
-        tokenizer=words,
-        tokenizer_2=words,
-        unet=unet(
-            cross_attention_dim=32,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=40,
-        ),
-        scheduler=scheduler(),
-        add_watermarker=False,
     )
     return quiet(pipe)
 

@@ -1,4 +1,4 @@
-"""FSDP2 by accelerate and by transformers' Trainer, against one process."""
+"""FSDP2 by accelerate in transformers' Trainer, against one process."""
 
 from __future__ import annotations
 
@@ -13,30 +13,20 @@ from typing import Any, TypeAlias
 import peft
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from integrations.distributed.spawned import Check
 from integrations.distributed.trained import (
-    CASES,
     F64,
     PROJECTIONS,
     llama,
-    part_of,
     same,
-    train,
-    trained,
 )
 from safetensors.torch import load_file
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import hra_fx
-
-#: Vectors in a group of FSDP2 before accelerate sees the model.
-APART = "vectors in a group of their own"
-BY_BLOCK = {"auto_wrap_policy": "transformer_based_wrap"}
 
 
 @contextmanager
@@ -62,50 +52,6 @@ def fsdp_on_cpu() -> Iterator[None]:
             AcceleratorState._reset_state(reset_partial_state=True)
             os.environ.clear()
             os.environ.update(environment)
-
-
-def momentum(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer with a state."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.5)
-
-
-def prepared(model: nn.Module, **options: Any) -> tuple[Accelerator, nn.Module, Any]:
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
-    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
-    return accelerator, *accelerator.prepare(model, momentum(model))
-
-
-WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "activation checkpointing": ("llama", {**BY_BLOCK, "activation_checkpointing": True}),
-    "blocks that stay gathered": ("llama", {**BY_BLOCK, "reshard_after_forward": False}),
-    APART: ("llama, checkpointing", BY_BLOCK),
-    # Its _no_split_modules are nested, which accelerate 1.15 shards twice.
-    "BERT": ("bert", {**BY_BLOCK, "transformer_cls_names_to_wrap": ["BertLayer"], "cpu_ram_efficient_loading": True}),
-    "by size": ("mlp, Gram-Schmidt", {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100}),
-}
-
-
-def trains(way: str, rank: int, folder: Path) -> None:
-    name, options = WAYS[way]
-    case = CASES[name]
-    wanted = case.model()
-    losses = train(wanted, case, steps=3, optimizer=momentum(wanted))
-    with fsdp_on_cpu():
-        own = case.model()
-        if rank and options.get("cpu_ram_efficient_loading"):
-            # As transformers loads it in all processes but the first: without values.
-            for parameter in own.parameters():
-                parameter.data.fill_(torch.nan)
-        if way == APART:
-            fully_shard([part for path, part in own.named_modules() if path.endswith(".hra_u")])
-        accelerator, model, optimizer = prepared(own, **options)
-        assert accelerator.is_fsdp2
-        part = part_of(rank)
-        assert train(model, case, part, 3, optimizer=optimizer, backward=accelerator.backward) == pytest.approx(
-            losses, abs=1e-12
-        )
-        found = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in trained(model).items()}
-        same(trained(wanted), found, within=1e-12)
 
 
 def tokens() -> torch.Tensor:
@@ -179,16 +125,14 @@ def with_trainer(make: Make, config: dict[str, Any], rank: int, folder: Path) ->
     same(*(load_file(place / "adapter_model.safetensors") for place in (folder / "wanted", saved)), within=1e-9)
 
 
+BY_BLOCK = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "activation_checkpointing": "true"}
 CHECKS: dict[str, Check] = {
-    **{f"accelerate: {way}": functools.partial(trains, way) for way in WAYS},
-    **{
-        f"Trainer: {make.__name__}, {kind}, {also}": functools.partial(
-            with_trainer, make, {"state_dict_type": f"{kind}_STATE_DICT", also: "true"}
-        )
-        for make, kind, also in [
-            (hra_fx.get_peft_model, "SHARDED", "activation_checkpointing"),
-            (hra_fx.transform, "FULL", "cpu_ram_efficient_loading"),
-            (of_peft, "FULL", "cpu_ram_efficient_loading"),
-        ]
-    },
+    f"Trainer: {make.__name__}, {kind}": functools.partial(
+        with_trainer, make, {"state_dict_type": f"{kind}_STATE_DICT", **also}
+    )
+    for make, kind, also in [
+        (hra_fx.get_peft_model, "SHARDED", BY_BLOCK),
+        (hra_fx.transform, "FULL", {"cpu_ram_efficient_loading": "true"}),
+        (of_peft, "FULL", {"cpu_ram_efficient_loading": "true"}),
+    ]
 }

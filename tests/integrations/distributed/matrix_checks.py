@@ -223,7 +223,7 @@ MATRIX: dict[Callable[[str, str, int, Path], None], list[tuple[str, str]]] = {
         *(("mlp, whole", "FSDP2, vectors apart"), ("mlp, odd rank", "FSDP1")),
     ],
     # The module that represents a parameter of the experts has no parameters to shard, so it is not wrapped separately.
-    as_lora: [("resnet", LAYER), ("mlp, copies", WHOLE), ("mlp, Gram-Schmidt", LAYER), ("experts", PARTS)],
+    as_lora: [("llama", LAYER), ("mlp, copies", WHOLE), ("mlp, Gram-Schmidt", LAYER), ("experts", PARTS)],
     from_meta: [("mlp, odd rank", WHOLE), ("convolutions", LAYER), ("attention", PARTS)],
 }
 #: All ways for the MLPs, and some for models that take longer.

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torchvision
 import transformers
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -63,11 +62,6 @@ def mixtral() -> nn.Module:
 def bert() -> nn.Module:
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **still, num_labels=3))
-
-
-def resnet() -> nn.Module:
-    # BatchNorm would see another batch in each process.
-    return torchvision.models.resnet18(num_classes=3, norm_layer=lambda width: nn.GroupNorm(4, width))
 
 
 def vectors(count: int) -> Tensor:
@@ -138,7 +132,6 @@ CASES: dict[str, Case] = {
         {"target_modules": ["query", "key", "dense"], "modules_to_save": ["classifier"]},
         ("bert.encoder.layer.0", "bert.encoder.layer.1"),
     ),
-    "resnet": Case(resnet, images, {"target_modules": r".*conv\d|fc"}, ("layer1.0", "layer2", "layer3")),
 }
 
 EXPERTS = Case(mixtral, tokens, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, LAYERS)

@@ -10,10 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracles import relative_error
 from peft_sides import (
     F64,
-    TOLERANCE,
     agree,
     by_peft,
     by_us,
@@ -113,25 +111,6 @@ def test_files_go_both_ways(name: str | None, fields: dict[str, Any], tmp_path: 
         check_same_file(tmp_path / "theirs", tmp_path / "ours", fields)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.4])
-@pytest.mark.parametrize("kind", ["Gram-Schmidt", "convolution and linear", "modules and own biases"])
-def test_a_file_has_an_adapter_at_its_scale(kind: str, alpha: float, tmp_path: Path) -> None:
-    fields = KINDS[kind][1]
-    ours = by_us(net(F64), **{"r": 4} | fields)
-    move(ours, fields)
-    with peft_warnings_ignored():  # the scale does not affect trained modules
-        hra_fx.set_scale(ours, "default", alpha)
-    ours.save_pretrained(tmp_path)
-    wanted = ours(tokens())
-    for model in (opened_by_peft(net(F64), tmp_path), hra_fx.load_adapter(net(F64), tmp_path)):
-        assert relative_error(model(tokens()), wanted) < TOLERANCE[F64]
-    states = (
-        hra_fx.get_peft_model_state_dict(ours, ours.state_dict()),
-        load_file(tmp_path / "adapter_model.safetensors"),
-    )
-    torch.testing.assert_close(*states, rtol=0, atol=0)
-
-
 def sites(model: nn.Module) -> set[str]:
     return {name.partition(".hra_u.")[0] for name in model.state_dict() if ".hra_u." in name}
 
@@ -145,53 +124,3 @@ def test_a_configuration_that_peft_wrote_starts_a_new_adapter(tmp_path: Path) ->
     assert theirs.peft_config["default"].modules_to_save.count("score") > 0
     ours = hra_fx.transform(base, hra_fx.HRAConfig.from_pretrained(tmp_path))
     assert sites(ours) == {name.removeprefix("base_model.model.") for name in sites(theirs)}
-
-
-SEVERAL: dict[str, dict[str, Any]] = {
-    "default": {"r": 4, "target_modules": ["query", "value"]},
-    "french": {"r": 3, "target_modules": ["value", "out"], "init_weights": False},
-    "with head": {"r": 2, "target_modules": ["conv"], "modules_to_save": ["head", "classifier"]},
-}
-
-
-def several(make: Any) -> Any:
-    """A model with all of `SEVERAL`, each at random values."""
-    kind = peft.HRAConfig if make is by_peft else hra_fx.HRAConfig
-    model = make(net(F64), **SEVERAL["default"])
-    with peft_warnings_ignored():
-        for name, fields in list(SEVERAL.items())[1:]:
-            model.add_adapter(name, kind(**fields))
-        for seed, name in enumerate(SEVERAL):
-            model.set_adapter(name)
-            randomise(model, seed)
-        model.set_adapter("default")
-    return model
-
-
-def folders(directory: Path) -> set[str]:
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("adapter_*")}
-
-
-@pytest.mark.needs("peft>=0.21")
-def test_files_of_several_adapters_go_both_ways(tmp_path: Path) -> None:
-    ours, theirs = several(by_us), several(by_peft)
-    ours.save_pretrained(tmp_path / "ours")
-    saved_by_peft(theirs, tmp_path / "theirs")
-    assert folders(tmp_path / "ours") == folders(tmp_path / "theirs")
-    opened = opened_by_peft(net(F64), tmp_path / "ours")
-    again = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path / "theirs")
-    base = net(F64)(tokens())
-    for name in SEVERAL:
-        if name != "default":
-            opened.load_adapter(tmp_path / "ours" / name, name)
-            again.load_adapter(tmp_path / "theirs", name, subfolder=name)
-        for one, other in ((ours, opened), (again, theirs)):
-            one.set_adapter(name)
-            other.set_adapter(name)
-            # PEFT runs a layer that the active adapter does not have in float32, whatever the model's dtype.
-            assert relative_error(one(tokens()), other(tokens())) < 1e-6, name
-            assert relative_error(one(tokens()), base) > 1e-3, name
-    for number, selected in enumerate((["french"], ["with head", "default"])):
-        ours.save_pretrained(tmp_path / f"ours{number}", selected_adapters=selected)
-        saved_by_peft(theirs, tmp_path / f"theirs{number}", selected_adapters=selected)
-        assert folders(tmp_path / f"ours{number}") == folders(tmp_path / f"theirs{number}")

@@ -90,18 +90,3 @@ def test_a_checkpoint_has_the_files_of_pefts_and_one_more(tmp_path: Path) -> Non
     again = trainer_of(Trainer, "llama", by_peft(BASES["llama"](), **FIELDS["llama"]), tmp_path / "again")
     with pytest.raises(RuntimeError, match=r"size mismatch for base_model\.model\..*\.hra_u\.default"):
         again.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-3"))
-
-
-def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
-    """The best is the first here, where the largest loss is asked for."""
-    kind, model = "bert", adapted("bert", "transform")
-    every = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
-    largest = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    training = trainer_of(Trainer, kind, model, tmp_path, max_steps=20, learning_rate=3e-2, **every, **largest)
-    training.train()
-    best = Path(str(training.state.best_model_checkpoint))
-    assert best.name != "checkpoint-20"
-    assert training.evaluate()["eval_loss"] == training.state.best_metric
-    wanted = hra_fx.load_adapter(BASES[kind](), best, is_trainable=True)
-    for name, value in trained_in(wanted).items():
-        assert torch.equal(value, trained_in(model)[name]), name

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import tiny
 import torch
-import transformers
 from torch import Tensor
 
 SMALL = tiny.SMALL | {"vocab_size": 32}
@@ -36,30 +35,13 @@ def bert() -> Case:
     return Case(model, "cls.predictions.decoder", "bert.embeddings.word_embeddings", "query")
 
 
-def llava() -> Case:
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**small, image_size=8, patch_size=4),
-        text_config=llama().model.config,
-        image_token_index=31,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlavaForConditionalGeneration(config)
-    return Case(model, "lm_head", "model.language_model.embed_tokens", "k_proj")
-
-
-def switch() -> Case:
-    more = {"num_decoder_layers": 2, "num_experts": 2, "vocab_size": VOCABULARY}
-    return Case(tiny.t5("SwitchTransformersForConditionalGeneration", **more), "lm_head", "shared", "q")
-
-
-CASES = {"llama": llama, "t5": t5, "bert": bert, "llava": llava}
+CASES = {"llama": llama, "t5": t5, "bert": bert}
 
 
 def case(kind: str) -> Case:
     """A model in eval mode, whose biases are not zero."""
     torch.manual_seed(0)
-    made = (CASES | {"switch": switch})[kind]()
+    made = CASES[kind]()
     made.model.to(torch.float64).eval()
     with torch.no_grad():
         for name, parameter in made.model.named_parameters():

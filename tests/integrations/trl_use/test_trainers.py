@@ -24,8 +24,6 @@ from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from transformers import set_seed
 
-import hra_fx
-
 # Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 
@@ -121,32 +119,16 @@ def test_reward(kind: str, tmp_path: Path) -> None:
     assert relative_error(found, base_model("reward").score.weight) > 1e-3
 
 
-@pytest.mark.parametrize("method", ["SFT", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DPO", "GRPO"))])
-def test_a_run_is_resumed_saved_reported_and_exported(method: str, tmp_path: Path) -> None:
+def test_a_run_is_resumed_and_served(tmp_path: Path) -> None:
     """As in docs/trl.md: with `from_peft` after the trainer is made, the rest is TRL's own script."""
     options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
-    options |= {"beta": 0.5} if method == "GRPO" else {}
-    whole, again = (trainer(TAKEN, method, tmp_path / "run", **options) for _ in range(2))
+    whole, again = (trainer(TAKEN, "SFT", tmp_path / "run", **options) for _ in range(2))
     redraw(again.model)
     for one, checkpoint in ((whole, None), (again, str(tmp_path / "run" / "checkpoint-2"))):
         set_seed(0)
         one.train(resume_from_checkpoint=checkpoint)
-    wanted = vectors_of(whole.model)
-    assert all(torch.equal(vectors, wanted[name]) for name, vectors in vectors_of(again.model).items())
-
-    model, ids = whole.model.eval(), torch.tensor([[3, 5, 6, 7, 4, 10]])
-    with torch.no_grad():
-        logits = model(ids).logits
+    torch.testing.assert_close(vectors_of(again.model), vectors_of(whole.model), rtol=0, atol=0)
     whole.save_model(str(tmp_path / "adapter"))
-    hra_fx.save_as_lora(model, tmp_path / "lora")
-    assert [row.path for row in hra_fx.report(model)] == list(wanted)
-    assert relative_error(base_model(method)(ids).logits, logits) > 1e-2
-    served = [
-        peft.PeftModel.from_pretrained(base_model(method), tmp_path / "adapter"),
-        peft.PeftModel.from_pretrained(base_model(method), tmp_path / "lora"),
-        hra_fx.load_adapter(base_model(method), tmp_path / "adapter"),
-        hra_fx.fold(model),
-    ]
-    for one in served:
-        assert relative_error(one.eval()(ids).logits, logits) < 1e-5
-    assert type(served[-1]) is type(base_model(method))
+    served = peft.PeftModel.from_pretrained(base_model("SFT"), tmp_path / "adapter")
+    ids = torch.tensor([[3, 5, 6, 7, 4, 10]])
+    assert relative_error(served.eval()(ids).logits, whole.model.eval()(ids).logits) < 1e-5

@@ -33,11 +33,6 @@ class Squashed(Packed):
         return torch.tanh(super().forward(x))
 
 
-class Wide(Packed):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, :, None])
-
-
 class TwoInputs(Packed):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return super().forward(x) * scale
@@ -78,10 +73,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "not linear": (
         lambda: Squashed(nn.Linear(64, 32)),
         r"0 \(Squashed\): its output is not linear in its input, so it has no weight to rotate\. Leave it out",
-    ),
-    "no rows": (
-        lambda: Wide(nn.Linear(64, 32)),
-        r"0 \(Wide\): calling it with \(4, 64\) failed \((addmm: )?mat1 and mat2 shapes",
     ),
     "no data": (lambda: Packed(nn.Linear(64, 32)).to("meta"), r"0 \(Packed\): calling it with \(4, 64\) failed"),
     "two inputs": (lambda: TwoInputs(nn.Linear(64, 32)), r"0 \(TwoInputs\): its forward takes more than one input"),
