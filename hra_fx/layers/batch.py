@@ -81,14 +81,18 @@ class _Batch:
         self.groups: list[_Group] = []
         self.changes = -1
 
-    def values(self, layers: Callable[[], Iterable[nn.Module]]) -> list[list[Tensor]]:
-        """The tensors of each group."""
-        if self.changes == Changes.count and "deepspeed" not in sys.modules:  # it frees values
-            found = list(map(_Group.values, self.groups))
+    def values(self, layers: Callable[[], Iterable[nn.Module]]) -> list[tuple[_Group, list[Tensor]]]:
+        """Each group, and its tensors."""
+        changes = self.changes
+        groups = self.groups  # another thread may replace them
+        if changes == Changes.count and "deepspeed" not in sys.modules:  # DeepSpeed frees values
+            found = list(map(_Group.values, groups))
             if None not in found:
-                return found  # type: ignore[return-value]
-        self.groups, self.changes = _groups(layers()), Changes.count
-        return list(map(_Group.values, self.groups))  # type: ignore[arg-type]
+                return list(zip(groups, found, strict=True))  # type: ignore[arg-type]
+        changes, groups = Changes.count, _groups(layers())
+        self.groups = groups
+        self.changes = changes
+        return list(zip(groups, map(_Group.values, groups), strict=True))  # type: ignore[arg-type]
 
 
 #: They are not attributes of the models, so that copies, pickles and graphs do not have them.
@@ -115,9 +119,8 @@ def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: M
     batch = _BATCHES.get(model)
     if batch is None:
         batch = _BATCHES[model] = _Batch()
-    values = batch.values(layers)
     run = Run({}, has_graph, Changes.count)
-    for group, tensors in zip(batch.groups, values, strict=True):
+    for group, tensors in batch.values(layers):
         if has_graph and tensors[0].dtype.itemsize < 4:
             _warn_of_low_precision(batch.groups)
         dtype = group.dtype
