@@ -96,9 +96,9 @@ def is_plain_eager() -> bool:
 
 
 def records_operators() -> bool:
-    """Whether functorch, forward-mode AD or `torch.export` need plain operators instead of autograd functions."""
-    exporting = torch.compiler.is_compiling() and is_exporting()
-    return exporting or is_functorch_active() or forward_ad._current_level >= 0
+    """Whether functorch, forward-mode AD or a tracer needs plain operators instead of autograd functions."""
+    recording = is_torchscript_tracing() or (torch.compiler.is_compiling() and is_exporting())
+    return recording or is_functorch_active() or forward_ad._current_level >= 0
 
 
 def is_in_backward() -> bool:

@@ -112,10 +112,11 @@ def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: M
         return WITHOUT_FACTORS
     has_graph = torch.is_grad_enabled()
     cache = None if has_graph else kwargs.get("past_key_values", kwargs.get("cache"))  # since transformers 5.24
-    if cache is not None and (last := RUNNING.generation) is not None:
-        of_model, of_cache, run = last
-        if of_model() is model and of_cache() is cache and run.changes == Changes.count:
-            return run
+    if cache is not None:
+        with contextlib.suppress(TypeError):  # a tuple has no weak references
+            of_model, last = RUNNING.generation.get(cache) or (None, WITHOUT_FACTORS)
+            if of_model is not None and of_model() is model and last.changes == Changes.count:
+                return last
     batch = _BATCHES.get(model)
     if batch is None:
         batch = _BATCHES[model] = _Batch()
@@ -133,9 +134,11 @@ def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: M
         for index, owner in enumerate(group.owners):
             others = watched[index + size :: size] if len(group.forms) > 1 else _NOTHING
             run.prepared[owner] = *factors[index], *watched[index], others
-    RUNNING.generation = None
-    with contextlib.suppress(TypeError):  # no cache, or a tuple, which has no weak references
-        RUNNING.generation = weakref.ref(model), weakref.ref(cache), run
+    if RUNNING.generation:
+        RUNNING.generation.clear()
+    if cache is not None:
+        with contextlib.suppress(TypeError):
+            RUNNING.generation[cache] = weakref.ref(model), run
     return run
 
 

@@ -42,9 +42,13 @@ def _has_own_forward(layer: nn.Module) -> bool:
     if is_conv1d(layer):
         standard = [next(cls for cls in type(layer).__mro__ if cls.__name__ == "Conv1D")]
     own: Any = original_class(layer)
-    return isinstance(layer, (nn.MultiheadAttention, ExpertsWeight)) or own.forward not in [
+    if isinstance(layer, (nn.MultiheadAttention, ExpertsWeight)) or own.forward not in [
         cls.forward for cls in standard
-    ]
+    ]:
+        return True
+    # A convolution that, for example, standardizes its weight there reads `layer.weight`.
+    convolve = getattr(own, "_conv_forward", None)
+    return convolve not in [None, *[cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]]
 
 
 def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:

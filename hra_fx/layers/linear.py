@@ -87,7 +87,7 @@ class AdaptedLinear(AdaptedLayer):
 def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a Linear of `x: (..., d)` with the weight `W Q`, for factors in the dtype of the products."""
     rows, down = factors
-    if x.dtype is not rows.dtype:
+    if x.dtype is not rows.dtype or x.is_nested:
         return F.linear(reflect_rows(x, factors), weight, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     output_side = rows.requires_grad and not x.requires_grad and weight.dtype is x.dtype and not weight.requires_grad
@@ -102,7 +102,7 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
 def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
     """Apply a chain to rows `(..., d)`: `x Q^T`, in the dtype of `x`. The products use the dtype of the factors."""
     rows, down = factors
-    if x.dtype is not rows.dtype:
+    if x.dtype is not rows.dtype or x.is_nested:
         return x + (F.linear(x.to(rows.dtype), down) @ rows).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     return torch.addmm(flat, F.linear(flat, down), rows).view(x.shape)

@@ -34,14 +34,12 @@ def needs_parameters(cls: type[nn.Module]) -> bool:
 
 
 def writes_data(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class uses the `data` of a weight. Nothing can find a write to it."""
-    names = names_in_forward(cls)
-    return "data" in names and bool(_WEIGHTS & names)
+    """Whether the forward of a class, or a method that it uses, names the `data` of a weight.
 
-
-def names_in_forward(cls: type[nn.Module]) -> set[str]:
-    """The names that the code of the forward of a class uses."""
-    return next((names for name, names in _named(cls) if name == "forward"), set())
+    Nothing can find a write to it.
+    """
+    methods = methods_of_forward(cls)
+    return any("data" in names and _WEIGHTS & names for name, names in _named(cls) if name in methods)
 
 
 def methods_of_forward(cls: type[nn.Module]) -> set[str]:

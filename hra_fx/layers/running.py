@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,8 @@ class _Running(threading.local):
         self.experts: dict[Any, Any] | None = None
         #: The weights `W Q` that the innermost such module has read: layer, weight, and the version of the weight.
         self.read: list[tuple[nn.Module, Tensor, int]] | None = None
-        #: The last forward with a cache (`generate`): the batch, a weak reference to the cache, and the run.
-        self.generation: tuple[Any, Any, Run] | None = None
+        #: The last forward with a cache (`generate`): cache -> a weak reference to the model, and the run.
+        self.generation: WeakKeyDictionary[Any, tuple[Callable[[], object], Run]] = WeakKeyDictionary()
 
 
 RUNNING = _Running()

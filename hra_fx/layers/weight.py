@@ -153,14 +153,15 @@ def mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Modul
     places = {path: module for path, module in modules.items() if module in new} | dict(layers)
     around = {".".join(path.split(".")[:depth]) for path in places for depth in range(path.count(".") + 1)}
     owners = [modules[path] for path in sorted({"", *around}) if path in modules]
-    for path, layer in places.items():
-        adapters: Any = layer._modules[REFLECTION]
-        for part in (layer, modules.get(path.rpartition(".")[0], layer)):
-            if writes_data(original_class(part)) and not (part is layer and adapters.reflects_input):
-                raise UnsupportedLayerError(
-                    f"{path}: the forward of {type(part).__name__} uses the `data` of a weight. The weight is W Q "
-                    "while the model runs, so a change would be lost. Leave the layer out with exclude_modules."
-                )
+    # The forward of a layer that reflects its input is that of torch.
+    reading = [layer for layer in places.values() if not layer._modules[REFLECTION].reflects_input]  # type: ignore[union-attr]
+    for cls in sorted({original_class(part) for part in (*owners, *reading)}, key=lambda cls: cls.__name__):
+        if writes_data(cls) and not needs_parameters(cls):
+            raise UnsupportedLayerError(
+                f"{next(iter(layers))}: the forward of {cls.__name__} uses the `data` of a weight. Weights are W Q "
+                "while the model runs, so a change would be lost. Leave the layers whose data it uses out with "
+                "exclude_modules."
+            )
     for owner in owners:
         if needs_parameters(original_class(owner)):
             for adapters in filter(None, map(get_adapters, owner.modules())):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +181,14 @@ def test_vectors_that_change_in_a_forward_count_from_then_on(grad: bool) -> None
         assert all(relative_error(own.grad, right) < 1e-9 for own, right in zip(vectors, gradients, strict=True))
 
 
+def test_nested_tensors() -> None:
+    _, model = adapted()
+    rows = [normal(3, 2, 12), normal(4, 5, 12)]
+    found = model.one(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    for one, row in zip(found.unbind(), rows, strict=True):
+        assert relative_error(one, model.one(row)) < 1e-12
+
+
 # ---- forwards with one cache are steps of a generation, and use the factors of the first one ----
 
 
@@ -208,6 +218,16 @@ def test_generate_passes_one_cache() -> None:
     model.register_forward_pre_hook(look, with_kwargs=True)
     model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
     assert len(found) == 4 and found[0] is not None and all(cache is found[0] for cache in found)
+
+
+def test_factors_live_as_long_as_the_cache() -> None:
+    model = adapted(Generator)[1]
+    vectors = weakref.ref(model.one.hra_u["default"])
+    with torch.no_grad():
+        model.generate(X)
+    del model
+    gc.collect()
+    assert vectors() is None
 
 
 def test_generate_with_gradients_trains() -> None:
