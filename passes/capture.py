@@ -1,24 +1,22 @@
 """Capture an example call of a model with `torch.export`, as one GraphModule that calls the model's layers.
 
-The graph is valid in train and in eval mode, because it is created from one capture in each mode.
+The graph is valid in train and in eval mode. One capture in eval mode is enough for a model that does the same in train
+mode. Otherwise, the graph is created from one capture in each mode.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hra_fx.compat import has_backward_hooks, require
-from hra_fx.errors import CaptureError, HRAWarning
+from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, preserve_rng_state
-from hra_fx.passes.canonical import CHECKS, canonical
-from hra_fx.passes.compare import Attach, compare, compare_call
+from hra_fx.passes.canonical import CHECKS, Canonical, canonical
+from hra_fx.passes.compare import Attach, compare, compare_call, does_the_same_in_train_mode
 from hra_fx.passes.exported import LOCK, examples_with_shapes, export_call, is_leaf, without_caches
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.inputs import InputChecks, limit_conditions
@@ -26,7 +24,7 @@ from hra_fx.passes.modes import ByMode, merge_modes
 
 
 def capture_layers(
-    model: nn.Module, call: Call, dynamic_shapes: Any = None, attach: Attach | None = None
+    model: nn.Module, call: Call, dynamic_shapes: Any = None, attach: Attach | None = None, *, only: bool = False
 ) -> fx.GraphModule:
     """Capture one call of a model. The graph is valid for other sizes and for both modes, and checks its inputs.
 
@@ -34,8 +32,33 @@ def capture_layers(
     that can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
     else. An output that `torch.export` does not support, such as a cache, is `None`. Keyword arguments become inputs in
     the order of the model's signature.
+
+    With `only`, the graph is for a picture: valid only for this call in eval mode, but captured much faster.
     """
-    call = _prepared(model, call)
+    require("a graph captured by torch.export")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device. Load the weights first")
+    if not only:
+        _check_parts(model)
+    order = [*inspect.signature(model.forward).parameters, *call[1]]
+    call = call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
+    with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
+        if only:
+            made = _module_of(model, _canonical(model, call, None, training=False))
+            compare_call(model, made, call)
+            return made
+        tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
+        for example, shapes in tries:
+            try:
+                return _captured(model, example, shapes, call, attach)
+            except CaptureError as error:
+                failure = error
+        raise failure
+
+
+def _check_parts(model: nn.Module) -> None:
+    """Raise an error for what a capture would drop without an error."""
     own = set(model.parameters())
     for path, part in model.named_modules():
         for name, value in vars(part).items():
@@ -51,62 +74,31 @@ def capture_layers(
             raise CaptureError(f"backward hooks are registered for {path or 'it'}, which a graph drops. Remove them")
         if getattr(part, "gradient_checkpointing", False) is True:
             raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
-    with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
-        tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
-        for example, shapes in tries:
-            try:
-                return _captured(model, example, shapes, call, attach)
-            except CaptureError as error:
-                failure = error
-        raise failure
-
-
-def capture_in_eval(model: nn.Module, call: Call) -> fx.GraphModule:
-    """Capture one call of a model for a picture, much faster: the graph is valid only for this call in eval mode."""
-    call = _prepared(model, call)
-    with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
-        only = canonical(export_call(model, call, None, training=False), model)
-        constants = {name: ByMode(value, value) for name, value in only.constants.items()}
-        made = graph_module(model, only.graph, {CHECKS: InputChecks([]), **constants})
-        compare_call(model, made, call)
-        return made
-
-
-def _prepared(model: nn.Module, call: Call) -> Call:
-    """Check the model, and sort the keyword arguments of a call."""
-    require("a graph captured by torch.export")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise CaptureError(f"{name} is on the meta device. Load the weights first")
-    order = [*inspect.signature(model.forward).parameters, *call[1]]
-    return call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
 
 
 def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, attach: Attach | None) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
-    in_train, in_eval = (
-        canonical(export_call(model, example, shapes, training=training), model) for training in (True, False)
-    )
-    checks, sizes = InputChecks([*in_train.conditions, *in_eval.conditions]), in_train.sizes
-    modules = merge_modes(in_train.graph, in_eval.graph)
-    constants = {name: ByMode(value, in_eval.constants[name]) for name, value in in_train.constants.items()}
-    made = graph_module(model, in_train.graph, {CHECKS: checks, **constants, **modules})
-    limits = compare(model, made, example, sizes, attach)
+    captured = in_eval = _canonical(model, example, shapes, training=False)
+    made = _module_of(model, in_eval)
+    if not does_the_same_in_train_mode(model, made, example):
+        captured = _canonical(model, example, shapes, training=True)
+        made = _module_of(model, captured, in_eval)
+    checks: Any = made.get_submodule(CHECKS)
+    limits = compare(model, made, example, captured.sizes, attach)
     if example is not call:
         compare(model, made, call, (), attach)
-    checks.add(limit_conditions(in_train.inputs, sizes, limits))
-    if not limits.in_mixed_modes:
-        vars(checks)["parts"] = tuple(made.children())
-    _warn_of_unread(model, made.graph, call[1])
+    checks.add(limit_conditions(captured.inputs, captured.sizes, limits))
     return made
 
 
-def _warn_of_unread(model: nn.Module, graph: fx.Graph, kwargs: Mapping[str, Any]) -> None:
-    """Warn of tensors that only `**kwargs` of the model accepts, and that its graph only checks."""
-    known = inspect.signature(model.forward).parameters
-    for node in graph.find_nodes(op="placeholder"):
-        is_unknown = node.target not in known and isinstance(kwargs.get(node.target), Tensor)
-        if is_unknown and all(user.target == CHECKS for user in node.users):
-            hint = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(node.target, known, 1))
-            text = f"`example_inputs`: {type(model).__name__} does not read {node.target!r}.{hint}"
-            warnings.warn(text, HRAWarning, stacklevel=2)
+def _canonical(model: nn.Module, call: Call, shapes: Any, *, training: bool) -> Canonical:
+    return canonical(export_call(model, call, shapes, training=training), model)
+
+
+def _module_of(model: nn.Module, captured: Canonical, in_eval: Canonical | None = None) -> fx.GraphModule:
+    """Create a module from a graph, merged with one of eval mode if they differ."""
+    merged = merge_modes(captured.graph, in_eval.graph) if in_eval else {}
+    other = in_eval or captured
+    constants = {name: ByMode(value, other.constants[name]) for name, value in captured.constants.items()}
+    checks = InputChecks([*captured.conditions, *other.conditions])
+    return graph_module(model, captured.graph, {CHECKS: checks, **constants, **merged})

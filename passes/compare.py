@@ -33,8 +33,7 @@ from hra_fx.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.layers.readers import needs_parameters
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION
-from hra_fx.passes.modes import ByMode
-from hra_fx.passes.observed import attributes, difference, is_near, is_of_adapter, is_same, observe, shown
+from hra_fx.passes.observed import attributes, difference, is_near, is_same, observe, shown
 from hra_fx.passes.other_calls import (
     Sizes,
     equal_sizes,
@@ -50,9 +49,6 @@ from hra_fx.passes.other_calls import (
 _SEED = 20240517
 #: Larger parameters share memory with the model: their values stay, and their gradients are not compared.
 _LARGE = 1 << 18
-#: What gets gradients. If the model does not run with gradients of one level, the next one is used.
-_LEVELS = ("inputs", "parameters", "")
-
 
 #: Adapts a model or a graph, in place.
 Attach: TypeAlias = Callable[[nn.Module], object]
@@ -67,14 +63,12 @@ class Limits:
         same_dtype: indices of the flat inputs that must have the dtype of the example.
         contiguous: indices of the flat inputs that must be contiguous.
         under_autocast: whether it is right under autocast.
-        in_mixed_modes: whether it is right if parts have another mode than the graph.
     """
 
     not_one: list[frozenset[int]] = field(default_factory=list)
     same_dtype: set[int] = field(default_factory=set)
     contiguous: set[int] = field(default_factory=set)
     under_autocast: bool = True
-    in_mixed_modes: bool = True
 
 
 def compare(
@@ -87,30 +81,40 @@ def compare(
     """
     if _cannot_run(model):
         return Limits()
+    limits = _compared(model, made, None, lambda comparison: comparison.run(call, sizes))
+    if attach is not None:
+        _compared(model, made, attach, lambda comparison: comparison.run_adapted(call))
+    return limits
+
+
+def compare_call(model: nn.Module, made: nn.Module, call: Call, *, training: bool = False) -> None:
+    """Compare a graph with its model for one call, in one mode; see `compare`."""
+    if not _cannot_run(model):
+        _compared(model, made, None, lambda comparison: comparison.run_once(call, training=training))
+
+
+def does_the_same_in_train_mode(model: nn.Module, made: nn.Module, call: Call) -> bool:
+    """Whether a graph that was captured in eval mode is right for a call in train mode, too."""
+    if _cannot_run(model):
+        return False
+    with suppress(CaptureError):
+        compare_call(model, made, call, training=True)
+        return True
+    return False
+
+
+def _compared(model: nn.Module, made: nn.Module, attach: Attach | None, run: Callable[[_Comparison], Limits]) -> Limits:
+    """Run a comparison with gradients; without them, if the model does not have a backward pass."""
     flags = {value: value.requires_grad for value in model.parameters()}
-
-    def at_best_level(run: Callable[[str], Limits]) -> Limits:
-        for level in _LEVELS[:-1]:
-            with suppress(_NoGradientError):
-                return run(level)
-        return run("")
-
     try:
         with preserve_rng_state(), torch.inference_mode(False):
-            limits = at_best_level(lambda level: _Comparison(model, made, level, None).run(call, sizes))
-            if attach is not None:
-                at_best_level(lambda level: _Comparison(model, made, level, attach).run_adapted(call))
-            return limits
+            try:
+                return run(_Comparison(model, made, attach, has_grad=True))
+            except _NoGradientError:
+                return run(_Comparison(model, made, attach, has_grad=False))
     finally:
         for value, flag in flags.items():
             value.requires_grad_(flag)
-
-
-def compare_call(model: nn.Module, made: nn.Module, call: Call) -> None:
-    """Compare a graph with its model for one call without gradients, in eval mode; see `compare`."""
-    if not _cannot_run(model):
-        with preserve_rng_state(), torch.inference_mode(False):
-            _Comparison(model, made, "", None).run_once(call)
 
 
 def _cannot_run(model: nn.Module) -> bool:
@@ -154,13 +158,13 @@ class ExampleError(CaptureError):
 
 
 class _NoGradientError(Exception):
-    """The model cannot be run with gradients of this level."""
+    """The model cannot be run with gradients."""
 
 
 class _Comparison:
     """Copies of a model and its graph, which run the same calls in turns."""
 
-    def __init__(self, model: nn.Module, made: nn.Module, level: str, attach: Attach | None) -> None:
+    def __init__(self, model: nn.Module, made: nn.Module, attach: Attach | None, *, has_grad: bool) -> None:
         writes = any(needs_parameters(type(part)) for part in model.modules())
         limit = math.inf if writes else _LARGE
         both = dict.fromkeys(chain(model.parameters(), made.parameters()))
@@ -170,13 +174,13 @@ class _Comparison:
         self._keys = [set(each.state_dict()) for each in (model, made, self._made)]
         self._names = list(inspect.signature(model.forward).parameters)
         self._shared, self._large = large, set(map(id, large))
-        self._level, self._mode, self._versions = level, "", tensor_versions(large)
+        self._has_grad, self._mode, self._versions = has_grad, "", tensor_versions(large)
         self._limits, self._one = Limits(), dict[frozenset[int], bool]()
         self._flags: dict[nn.Parameter, bool] = {}
         if attach is not None:
             self._adapt(attach)
         for value in chain(*map(self._small, self._both)):
-            value.requires_grad_(bool(level))
+            value.requires_grad_(has_grad)
 
     def _adapt(self, attach: Attach) -> None:
         for each in self._both:
@@ -193,17 +197,18 @@ class _Comparison:
         """Compare in both modes, and first as it is, if the parts of the model have different modes."""
         if odd := sorted(set.union(*self._keys) - set.intersection(*self._keys)):
             raise CaptureError(f"{odd[0]} is in the state_dict of only one of the model, its graph and a copy of it")
-        is_mixed = len({part.training for part in self._model.modules()}) > 1
-        for mode in (None, False, True) if is_mixed else (False, True):
+        if len({part.training for part in self._model.modules()}) > 1:
+            self._compare(call, "the example in the modes of its parts", grad=True, may_fail=True)
+        for mode in (False, True):
             self._set_mode(mode)
             other = self._compare_two_calls(call)
             self._change_parameters()
             self._set_mode(mode)
             self._compare(call, "the example with other parameters")
             buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
-            if mode is False:
+            if not mode:
                 self._compare_under_autocast(call, sizes)
-            for kind, step in self._variants(call, other, sizes, is_eval=mode is False):
+            for kind, step in self._variants(call, other, sizes, is_eval=not mode):
                 try:
                     step()
                 except CaptureError:
@@ -231,17 +236,18 @@ class _Comparison:
         self._compare(call, "the example with frozen parameters", grad=True, may_fail=True)
         return self._limits
 
-    def run_once(self, call: Call) -> None:
-        """Compare one call in eval mode."""
-        self._set_mode(False)
-        self._compare(call, "the example")
+    def run_once(self, call: Call, *, training: bool) -> Limits:
+        """Compare one call in one mode."""
+        self._set_mode(training)
+        self._compare(call, "the example", grad=training)
+        return self._limits
 
     def _small(self, module: nn.Module) -> list[nn.Parameter]:
         return [value for value in module.parameters() if id(value) not in self._large and value.is_floating_point()]
 
-    def _set_mode(self, mode: bool | None) -> None:
-        self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
-        for each in self._both if mode is not None else ():
+    def _set_mode(self, mode: bool) -> None:
+        self._mode = f"in {'train' if mode else 'eval'} mode, "
+        for each in self._both:
             each.train(not mode)  # what a model does when its mode changes, such as clearing a cache
             each.train(mode)
         modes = [{path: part.training for path, part in each.named_modules()} for each in self._both]
@@ -288,8 +294,6 @@ class _Comparison:
                 yield partial(limits.contiguous.add, index), partial(run, variant, "an input of other strides")
         for variant in of_other_sizes(other, equal_sizes(call) if sizes is None else sizes) if is_eval else ():
             yield None, partial(run, variant, "an input of another size")
-            if any(isinstance(part, ByMode) for part in self._made.modules()):  # otherwise, no node depends on the mode
-                yield partial(setattr, limits, "in_mixed_modes", False), partial(self._compare_mixed_modes, call)
         seen = set[frozenset[int]]()
         for ones, tries in of_size_one(other, equal_sizes(call) if sizes is None else sizes):
             is_new = ones not in seen
@@ -305,37 +309,17 @@ class _Comparison:
         run = partial(self._compare, what="an input of size 1", may_fail=True, errors=errors)
         self._one[ones] = any(map(run, tries)) or self._one.get(ones, False)
 
-    def _compare_mixed_modes(self, call: Call) -> None:
-        """Compare with some parts in the other mode, so that each part once has another mode than each other part."""
-        parts = [dict(each.named_modules()) for each in self._both]
-        called = {node.target for node in self._made.graph.find_nodes(op="call_module")}  # these follow their own mode
-        paths = [path for path in parts[0].keys() & parts[1].keys() if path not in called and not is_of_adapter(path)]
-        before = [{path: found[path].training for path in paths} for found in parts]
-        try:
-            paths.sort()  # the whole model is the first, and keeps its mode
-            for bit in range((len(paths) - 1).bit_length()):
-                for found, modes in zip(parts, before, strict=True):
-                    for index, path in enumerate(paths):
-                        found[path].training = modes[path] is not bool(index >> bit & 1)
-                self._compare(call, "the example with some parts in the other mode", may_fail=True)
-        finally:
-            for found, modes in zip(parts, before, strict=True):
-                for path, mode in modes.items():
-                    found[path].training = mode
-
     def _compare_under_autocast(self, call: Call, sizes: Sizes | None) -> None:
-        self._limits.under_autocast = self._is_same_under_autocast(call)
-        if not self._limits.under_autocast and sizes is None:
-            raise CaptureError(f"{self._mode}its graph differs under autocast")
-
-    def _is_same_under_autocast(self, call: Call) -> bool:
-        """Whether outputs under autocast are near each other. A graph has the dtypes of a call without autocast."""
+        # A graph has the dtypes of a call without autocast.
         tensors = (*self._model.parameters(), *tensors_of(call).values(), torch.empty(0))
         with torch.autocast(tensors[0].device.type, torch.bfloat16):
             wanted, found = (self._try(each, call, False) for each in self._both)
-        if isinstance(wanted, Exception) or isinstance(found, Exception):
-            return isinstance(wanted, Exception)
-        return all(is_near(value, found.get(name)) for name, value in wanted.items())
+        if isinstance(wanted, Exception):
+            return
+        near = isinstance(found, dict) and all(is_near(value, found.get(name)) for name, value in wanted.items())
+        self._limits.under_autocast = near
+        if not near and sizes is None:
+            raise CaptureError(f"{self._mode}its graph differs under autocast")
 
     def _compare(
         self, call: Call, what: str, *, grad: bool = False, may_fail: bool = False, errors: bool = False
@@ -346,7 +330,7 @@ class _Comparison:
         """
         wanted = self._try(self._model, call, grad)
         if isinstance(wanted, Exception):
-            if grad and self._level and not may_fail:
+            if grad and self._has_grad and not may_fail:
                 raise _NoGradientError from wanted
             if not may_fail:
                 raise ExampleError(f"{self._mode}it does not run on {what} ({_line(wanted)})") from wanted
@@ -370,7 +354,7 @@ class _Comparison:
         found: dict[str, Any] | Exception
         try:
             with torch.set_grad_enabled(grad):
-                found = observe(module, call, self._names, parameters, self._level if grad else "")
+                found = observe(module, call, self._names, parameters, has_grad=grad and self._has_grad)
         except Exception as error:
             found = error
         if tensor_versions(self._shared) != self._versions:

@@ -13,7 +13,6 @@ from hra_fx.errors import CaptureError
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.target import BASE_WEIGHT
 from hra_fx.passes.modes import ByMode
-from hra_fx.passes.nodes import attribute, module_path
 from hra_fx.selection.origin import keep_origin, origin_of
 
 #: What fx changes in copies: it makes all tensors that are read at the root persistent buffers, and drops other names.
@@ -114,18 +113,13 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     module.training = root.training
     module.graph = graph
     keep_origin(module, origin_of(root))
-    for call in graph.find_nodes(op="call_module"):
-        added = modules.get(str(call.target))
-        if isinstance(added, ByMode) and call.users:
-            _follow(added, module, module_path(next(iter(call.users))))
+    called = {
+        part for node in graph.find_nodes(op="call_module") for part in module.get_submodule(node.target).modules()
+    }
+    for part in modules.values():
+        if isinstance(part, ByMode) and repr(part.in_train) != repr(part.in_eval):
+            part.parts = tuple(own for own in module.modules() if own is not module and own not in called)
     return module
-
-
-def _follow(constant: ByMode, module: fx.GraphModule, path: str | None) -> None:
-    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
-    while path and not isinstance(attribute(module, path), nn.Module):
-        path = path.rpartition(".")[0]
-    vars(constant)["followed"] = attribute(module, path) if path else constant
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:

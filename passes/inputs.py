@@ -188,17 +188,11 @@ class InputChecks(nn.Module):
     def __init__(self, conditions: Sequence[Condition]) -> None:
         """Store the conditions."""
         super().__init__()
-        vars(self)["parts"] = ()  # those of the graph that must have its mode
         self.conditions: tuple[Condition, ...] = ()
         self.add(conditions)
 
     def forward(self, *args: Any) -> None:
         """Check all inputs."""
-        if any(part.training is not self.training for child in vars(self)["parts"] for part in child.modules()):
-            raise AssertionError(
-                "parts of the graph have different modes, and it is right only if all have the same. Call "
-                "graph.train() or graph.eval(), or use the original model."
-            )
         self._check(*args)
 
     def add(self, conditions: Sequence[Condition]) -> None:

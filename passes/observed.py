@@ -91,7 +91,7 @@ def _named_leaves(output: Any) -> dict[str, Any]:
 
 
 def observe(
-    module: nn.Module, call: Call, names: Sequence[str], parameters: Mapping[str, Tensor], level: str
+    module: nn.Module, call: Call, names: Sequence[str], parameters: Mapping[str, Tensor], *, has_grad: bool
 ) -> dict[str, Any]:
     """Run a call. Returns everything that must be equal, by name: also gradients of `parameters` and inputs."""
     leaves = {name: value for name, value in parameters.items() if value.requires_grad}
@@ -102,7 +102,7 @@ def observe(
         return f"its input {name or first}{pytree.keystr(tuple(rest))}"
 
     def with_gradient(path: Any, value: Any) -> Any:
-        if level != "inputs" or not (isinstance(value, Tensor) and value.is_floating_point()):
+        if not has_grad or not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
         leaves[name_of(path)] = value.requires_grad_()
         return value.clone()  # a forward may write into it
@@ -114,7 +114,7 @@ def observe(
     found = {_RANDOM: random_states(), "the type of its output": pytree.tree_structure(output)}
     outputs = {f"its output{name}": value for name, value in _named_leaves(output).items()}
     found |= outputs | {name_of(path): value for path, value in pytree.tree_flatten_with_path((args, kwargs))[0]}
-    if level:
+    if has_grad:
         tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
         found |= {f"requires_grad of output {index}": value.requires_grad for index, value in enumerate(tensors)}
         found |= {f"{_GRADIENT}{name}": value for name, value in _gradients(leaves, tensors).items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
 from hra_fx.layers.target import find_kind
 from hra_fx.passes.capture import capture_layers
-from hra_fx.passes.compare import Attach, ExampleError, compare, with_shared_tensors
+from hra_fx.passes.compare import Attach, ExampleError, compare, compare_call, with_shared_tensors
 from hra_fx.passes.exported import LOCK, depends_on_mode
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.modes import merge_modes
@@ -32,6 +33,8 @@ def trace(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     attach: Attach | None = None,
+    *,
+    only: bool = False,
 ) -> fx.GraphModule:
     """Trace a model into a GraphModule that shares its modules and parameters, for train and eval mode.
 
@@ -40,6 +43,8 @@ def trace(
         layers: modules that stay calls, in addition to those that can be adapted or depend on the mode.
         example_inputs, dynamic_shapes: see `hra_fx.transform`.
         attach: adds adapters to a model or a graph. If it is given, both are compared with their adapters.
+        only: whether the graph is for a picture: valid only for this call in eval mode, but traced much faster. It is
+            not compared without an example.
 
     Raises:
         AdapterError: neither torch.fx nor torch.export can trace the model.
@@ -53,26 +58,30 @@ def trace(
     reason = ""
     if dynamic_shapes is None:
         try:
-            if has_own_hooks(model):
+            if has_own_hooks(model) and not only:
                 raise CaptureError("it has forward hooks, which torch.fx does not run")
             if made := trace_by_fx(model, layers, call):
-                if example := call or guessed_call(model):  # without an example, nothing can be compared
+                example = call if only else call or guessed_call(model)  # without one, nothing can be compared
+                if only and example:
+                    with suppress(ExampleError):  # a drawing warns of it
+                        compare_call(model, made, example)
+                elif example:
                     compare(model, made, example, attach=attach)
                 return made
         except CaptureError as error:
             if call and isinstance(error, ExampleError):
-                raise refusal(model, error) from error
+                raise _refusal(model, error) from error
             reason = f"torch.fx cannot trace {type(model).__name__}: {error.reason}. "
-    call = call or example_call(model)
+    call = call if only else call or example_call(model)
     if call is None:
         raise AdapterError(
             f"{reason}Pass example_inputs, the arguments of one call, with which torch.export may capture it, or leave "
             "out trace=True."
         )
     try:
-        return capture_layers(model, call, dynamic_shapes, attach)
+        return capture_layers(model, call, dynamic_shapes, attach, only=only)
     except CaptureError as error:
-        raise refusal(model, error, "Leave out trace=True: the adapted layers work without a graph.") from error
+        raise _refusal(model, error, "Leave out trace=True: the adapted layers work without a graph.") from error
 
 
 def _odd_names(model: nn.Module) -> Iterator[str]:
@@ -83,7 +92,7 @@ def _odd_names(model: nn.Module) -> Iterator[str]:
                 yield f"{path}.{name}".lstrip(".")
 
 
-def refusal(model: nn.Module, error: CaptureError, advice: str = "") -> AdapterError:
+def _refusal(model: nn.Module, error: CaptureError, advice: str = "") -> AdapterError:
     """The error of a model that cannot be captured."""
     name = type(model).__name__
     if isinstance(error, ExampleError):
@@ -144,25 +153,6 @@ def _traced(model: nn.Module, layers: Collection[nn.Module], training: bool) -> 
     return graph
 
 
-class _NoKey:
-    """A value of a trace. A set or dictionary would never find it."""
-
-    def __hash__(self) -> int:
-        raise CaptureError("it looks up a value in a set or dictionary")
-
-
-class _Attribute(_NoKey, fx.proxy.Attribute):
-    pass
-
-
-class Proxy(_NoKey, fx.Proxy):
-    """The result of a node. Errors of Python show the name of this class."""
-
-    def __getattr__(self, k: str) -> fx.proxy.Attribute:
-        """Look up an attribute, such as a dtype."""
-        return _Attribute(self, k)
-
-
 class ModelTracer(fx.Tracer):
     """Traces one module into a graph of calls to modules and operators.
 
@@ -177,10 +167,6 @@ class ModelTracer(fx.Tracer):
         """Prepare for one trace. The modules in `keep` stay calls."""
         super().__init__()
         self._keep = keep
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Create the value of a node."""
-        return Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Raise an error for a branch on a value."""

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection
-from contextlib import suppress
 from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.errors import AdapterError, CaptureError, HRAWarning
-from hra_fx.example_inputs import Call, normalize_inputs
+from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.target import find_kind
 from hra_fx.model.state import adapted_layers, base_model_view, require_adapted_layers, unwrap
-from hra_fx.passes.capture import capture_in_eval
-from hra_fx.passes.compare import ExampleError, compare_call
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.insert import insert
 from hra_fx.passes.match import match
-from hra_fx.passes.trace import refusal, trace, trace_by_fx
+from hra_fx.passes.trace import trace
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
@@ -70,31 +65,15 @@ def drawn_graph(model: nn.Module, example_inputs: Any) -> fx.GraphModule | None:
     """
     if isinstance(model, fx.GraphModule):
         return graph_of(model)
-    call = None if example_inputs is None else normalize_inputs(example_inputs)
     layers: list[nn.Module] = [*adapted_layers(model).values()]
     layers = layers or [part for part in model.modules() if find_kind(part)]
-    if call is None and (not layers or model in layers):  # one box
+    if example_inputs is None and (not layers or model in layers):  # one box
         return None
     try:
         with base_model_view(model):
-            made = _drawn(model, layers, call)
-    except (AdapterError, CaptureError) as error:
-        if call is not None:
-            why = refusal(model, error) if isinstance(error, CaptureError) else error
-            warnings.warn(f"The picture has no data flow: {why}", HRAWarning, stacklevel=2)
+            made = trace(model, layers, example_inputs, only=True)
+    except AdapterError as error:
+        if example_inputs is not None:
+            warnings.warn(f"The picture has no data flow: {error}", HRAWarning, stacklevel=2)
         return None
     return insert(made, match(made))
-
-
-def _drawn(model: nn.Module, layers: Collection[nn.Module], call: Call | None) -> fx.GraphModule:
-    try:
-        if made := trace_by_fx(model, layers, call):
-            if call:
-                with suppress(ExampleError):  # a drawing warns of it
-                    compare_call(model, made, call)
-            return made
-    except CaptureError:
-        if call is None:
-            raise
-    assert call is not None
-    return capture_in_eval(model, call)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import pickle
-from logging.handlers import BufferingHandler
 from typing import Any
 
 import pytest
@@ -16,11 +14,11 @@ from graph_modules import COPIES, X, config
 from layers.checking import assert_same, gradients, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim
-from tracing.captured import llama, tokens, twins
+from tracing.captured import llama, run, tokens, twins
 from tracing.models import Branches, Creates, Optional, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError
 
 
 class Normed(Branches):
@@ -130,33 +128,22 @@ def test_a_tensor_that_a_forward_creates_is_not_a_buffer() -> None:
         assert list(hra_fx.fold(model).state_dict()) == list(base.state_dict())
 
 
-class Drops(nn.Module):
-    """A part with dropout and a child, which is not one call in the graph."""
-
+class Frozen(Branches):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Tanh()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.inner(x), 0.5, self.training)
-
-
-class InParts(Branches):
-    def __init__(self) -> None:
-        super().__init__()
-        self.part = Drops()
+        self.norm = nn.BatchNorm1d(8)
 
     def middle(self, hidden: Tensor) -> Any:
-        return self.part(hidden)
+        return F.dropout(self.norm(hidden), 0.5, self.training)
 
 
-def test_parts_of_a_graph_have_modes_of_their_own() -> None:
-    graph = hra_fx.transform(InParts().double().train(), config(), trace=True, example_inputs=X)
-    graph.part.eval()
+def test_a_layer_of_a_graph_has_a_mode_of_its_own() -> None:
+    graph, eager = twins(Frozen().double(), X)
     for model in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        assert_same(model(X), model(X))  # no dropout is left
-        model.part.train()
-        assert not torch.equal(model(X)["out"], model(X)["out"])
+        copied = copy.deepcopy(eager)
+        for each in (model, copied):
+            each.train().norm.eval()
+        assert_same(*(run(each, {"x": X}) for each in (model, copied)))
 
 
 # ---- arguments ----
@@ -177,37 +164,6 @@ def test_an_example_is_made_from_the_configuration_and_sizes_that_do_not_fit_are
         message = r"captured for inputs with `input_ids\.size\(\)\[1\] == 5`.*pass them as `example_inputs`"
         with pytest.raises(AssertionError, match=message):
             copied(fixed)(**tokens(2, 6))
-
-
-class One(Branches):
-    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
-        hidden = self.first(x if x.shape[0] < 100 else x[:100])
-        return self.second(hidden * 100 if hidden.shape[0] == 1 else hidden)
-
-
-class Masked(Branches):
-    def forward(self, x: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
-        mask = mask[:, :, None] if mask.dim() == 2 else mask
-        x = x if x.shape[0] < 100 else x[:100]
-        return self.second(self.first(x)) + (mask.sum() if mask.dtype is torch.bool else mask.mean())
-
-
-@pytest.mark.parametrize(
-    ("make", "example", "call", "condition"),
-    [
-        (One, (X,), (X[:1],), r"x\.size\(\)\[0\] > 1"),
-        (Masked, (X, X), (X, X[None]), r"mask\.dim\(\) == 2"),
-        (Masked, (X, X), (X, X > 0), r"mask\.dtype\.is_floating_point == True"),
-    ],
-)
-def test_inputs_that_take_another_branch_are_refused(
-    make: type[nn.Module], example: Any, call: Any, condition: str
-) -> None:
-    graph, _ = twins(make().double(), example)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    with pytest.raises(AssertionError, match=condition):
-        graph(*call)
 
 
 class Numbered(Branches):
@@ -238,35 +194,6 @@ def test_the_inputs_have_the_order_of_the_model() -> None:
     graph, eager = twins(Arguments().double(), given)
     for found in (graph(**given), graph(X, X.sin(), X.cos(), gain=2.0)):
         assert_same(found, eager(**given))
-
-
-class Swallows(Two):
-    def forward(self, x: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
-        hidden = self.first(x if x.shape[0] < 100 else x[:100])
-        hidden = hidden if mask is None else hidden * mask
-        return self.second(hidden) * more.get("factor", 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "warning"),
-    [
-        ("masks", "`example_inputs`: Swallows does not read 'masks'. Did you mean 'mask'?"),
-        ("labels", "`example_inputs`: Swallows does not read 'labels'."),
-        ("factor", None),
-    ],
-)
-def test_an_argument_that_nothing_reads(name: str, warning: str | None, recwarn: pytest.WarningsRecorder) -> None:
-    log, written = logging.getLogger("torch._export.non_strict_utils"), BufferingHandler(10)
-    log.addHandler(written)  # torch writes about sizes of 1
-    inputs = {"x": X, name: torch.ones(4, 1).double()}
-    graph, eager = twins(Swallows().double(), inputs)
-    found = [
-        str(one.message) for one in recwarn if one.category is HRAWarning and "does not start" not in str(one.message)
-    ]
-    assert found == [warning] * bool(warning)
-    assert_same(graph(**inputs), eager(**inputs))
-    log.removeHandler(written)
-    assert not written.buffer
 
 
 # ---- hooks ----

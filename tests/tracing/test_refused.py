@@ -185,7 +185,7 @@ TRACES: dict[str, tuple[type[nn.Module], str]] = {
     "tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0), Two), "it creates a tensor in Python"),
     "lookup": (
         middle(lambda self, hidden: hidden * {torch.float64: 2.0}.get(hidden.dtype, 1.0), Two),
-        "it looks up a value in a set or dictionary",
+        "its output differs for",
     ),
     "attribute": (middle(counted, Two), "its forward changes calls"),
     "hooks": (Hooked, "first: it has hooks"),
