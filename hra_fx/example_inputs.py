@@ -21,18 +21,19 @@ from hra_fx.errors import AdapterError
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def normalize_inputs(example_inputs: Any) -> Call:
-    """Return example inputs (a tensor, a tuple or list, or a mapping) as positional and keyword arguments."""
+def normalize_inputs(example_inputs: Any, what: str = "example_inputs") -> Call:
+    """Return inputs (a tensor, a tuple or list, or a mapping) as positional and keyword arguments.
+
+    `what` is their name in the error.
+    """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
-    raise AdapterError(
-        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, got "
-        f"{type(example_inputs).__name__}."
-    )
+    found = type(example_inputs).__name__
+    raise AdapterError(f"{what} must be a tensor, a tuple of positional or a dict of keyword arguments, got {found}.")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -61,13 +61,10 @@ def distance_to_base(model: nn.Module, batch: Any) -> Tensor:
     check_is_module(model)
     inner = unwrap(model)
     check_adapters_act(inner)
-    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
-        raise AdapterError(
-            "`batch` must be what the model takes: a mapping of keyword arguments, a tuple or list of positional "
-            f"arguments, or a tensor, got {type(batch).__name__}."
-        )
     device = device_of(inner)
-    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, normalize_inputs(batch))
+    args, kwargs = pytree.tree_map(
+        lambda x: x.to(device) if isinstance(x, Tensor) else x, normalize_inputs(batch, "`batch`")
+    )
     if "decoder_input_ids" in kwargs or not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         kwargs.pop("labels", None)  # otherwise, the inputs of the decoder are made from them
     with without_adapters(inner):

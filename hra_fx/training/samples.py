@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -26,29 +26,23 @@ def calls_of(model: nn.Module, samples: Any, tokenizer: Any = None) -> Iterator[
     Raises:
         AdapterError: samples of another kind, texts without a tokenizer, or padding that cannot be taken out.
     """
-    if isinstance(samples, (str, Mapping, Tensor)):
-        raise AdapterError(f"`samples` must be an iterable of batches, got one batch ({type(samples).__name__}).")
-    if not hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__"):
-        raise AdapterError(f"`samples` must be an iterable of batches, got {type(samples).__name__}.")
+    is_iterable = hasattr(samples, "__iter__") or hasattr(samples, "__getitem__")
+    if not is_iterable or isinstance(samples, (str, Mapping, Tensor)):
+        raise AdapterError(f"`samples` must be an iterable of batches, such as a list, got {type(samples).__name__}.")
     decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     parameters = inspect.signature(model.forward).parameters.values()
-    names = {parameter.name for parameter in parameters}
-    positions = [parameter.kind for parameter in parameters if parameter.kind <= inspect.Parameter.VAR_POSITIONAL]
+    names = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    are_named = not any(one.kind in (one.POSITIONAL_ONLY, one.VAR_POSITIONAL) for one in parameters)
     for sample in samples:
-        if not isinstance(sample, (str, Tensor, tuple, list, Mapping)):
-            raise AdapterError(f"a sample must be a tensor, tuple, list, mapping or text, got {type(sample).__name__}.")
-        call = normalize_inputs(_tokens(sample, tokenizer) if isinstance(sample, str) else sample)
-        args, kwargs = pytree.tree_map(_as_tensor, call)
+        given = _tokens(sample, tokenizer) if isinstance(sample, str) else sample
+        args, kwargs = pytree.tree_map(_as_tensor, normalize_inputs(given, "a sample"))
         if _is_row(kwargs):
-            if not len(kwargs.get("input_ids", "row")):
-                continue  # an empty text
             kwargs = _batch_of_one(kwargs, names)
-        if inspect.Parameter.VAR_POSITIONAL not in positions:
-            args = args[: len(positions)]  # without labels, such as those of (images, labels)
-            given = dict(zip([parameter.name for parameter in parameters], args, strict=False))
-            if not given.keys().isdisjoint((_MASK, _DECODER)):
-                args, kwargs = (), given
-        for batch in _without_padding(kwargs, decodes) if kwargs else [kwargs]:
+        elif are_named:  # without labels, such as those of (images, labels)
+            args, kwargs = (), dict(zip(names, args, strict=False)) | kwargs
+        if "input_ids" in kwargs and not kwargs["input_ids"].numel():
+            continue  # an empty text
+        for batch in _without_padding(kwargs, decodes):
             yield args, batch
 
 
@@ -66,15 +60,13 @@ def _tokens(text: str, tokenizer: Any) -> dict[str, Any]:
 
 def _is_row(sample: Mapping[str, Any]) -> bool:
     """Whether a mapping is a row of a tokenized dataset, and not a batch."""
-    ids = sample.get("input_ids")
-    if ids is not None:
+    if (ids := sample.get("input_ids")) is not None:
         return isinstance(ids, (list, tuple)) or ids.ndim == 1
-    return any(isinstance(value, list) for value in sample.values()) and not any(
-        isinstance(value, Tensor) for value in sample.values()
-    )
+    kinds = {list if isinstance(value, list) else type(value) for value in sample.values()}
+    return list in kinds and Tensor not in kinds
 
 
-def _batch_of_one(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+def _batch_of_one(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """A row as a batch, without columns that are not numbers or that the model does not take."""
     batch: dict[str, Any] = {}
     for name, value in row.items():

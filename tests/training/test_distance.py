@@ -216,7 +216,7 @@ def test_errors() -> None:
         with pytest.raises(AdapterError, match=text):
             hra_fx.distance_to_base(model, batch)
 
-    refused("`batch` must be what the model takes.* got str", model, "a text")
+    refused("`batch` must be a tensor, .* got str", model, "a text")
     refused(
         r"mask has shape \(3, 7\), but the output is for tokens \(3, 8\)",
         model,
