@@ -14,7 +14,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = resnet18(num_classes=10).eval()
     config = hra_fx.HRAConfig(r=8, target_modules=["conv1", "conv2"], modules_to_save=["fc"])
-    model = hra_fx.HRAModel(copy.deepcopy(base), config)
+    model = hra_fx.get_peft_model(copy.deepcopy(base), config)
     model.print_trainable_parameters()
 
     x, labels = torch.randn(4, 3, 64, 64), torch.arange(4)

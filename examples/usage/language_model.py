@@ -20,7 +20,7 @@ def main() -> None:
         )
     )  # fmt: skip
     config = hra_fx.HRAConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"])
-    model = hra_fx.HRAModel(base, config)
+    model = hra_fx.get_peft_model(base, config)
     model.print_trainable_parameters()
 
     counting = torch.arange(48).remainder(16).repeat(4, 1) + 1  # 1 2 3 ... 16 1 2 3 ...

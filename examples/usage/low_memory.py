@@ -17,7 +17,7 @@ def main() -> None:
     config = hra_fx.HRAConfig(r=8, target_modules=["0", "2"], init_weights=False)
     trained = hra_fx.transform(copy.deepcopy(base), config)
 
-    model = hra_fx.HRAModel(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+    model = hra_fx.get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
     print("made:  ", {name: p.device.type for name, p in model.named_parameters() if "hra_u" in name})
     try:
         model(torch.randn(1, 512))

@@ -59,8 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pipe = pipeline(folder)
         before = image(pipe)
-        pipe.text_encoder = hra_fx.HRAModel(pipe.text_encoder, TEXT_ENCODER)
-        pipe.unet = hra_fx.HRAModel(pipe.unet, UNET)
+        pipe.text_encoder = hra_fx.get_peft_model(pipe.text_encoder, TEXT_ENCODER)
+        pipe.unet = hra_fx.get_peft_model(pipe.unet, UNET)
         pipe.text_encoder.print_trainable_parameters()
         pipe.unet.print_trainable_parameters()
         print(f"adapted, not trained, max. change of a pixel: {(image(pipe) - before).abs().max().item():.1e}")

@@ -6,9 +6,8 @@ pipelines, diffusers) still work, and a wrapper that forwards attributes is not 
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -27,7 +26,7 @@ from hra_fx.model.fold import fold
 from hra_fx.model.merge import merge_adapter
 from hra_fx.model.remove import delete_adapter, remove_adapters
 from hra_fx.model.setup import add_adapter
-from hra_fx.model.state import AdapterState, collect_parts, get_state, names_in, root_of
+from hra_fx.model.state import collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import disable_adapters
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.model.whole import check_whole
@@ -39,30 +38,19 @@ _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
 class HRAModel(SwapMixin):
-    """An adapted model with PEFT's methods.
+    """An adapted model with PEFT's methods, from `get_peft_model`, `from_pretrained` or `from_peft`.
 
-    `HRAModel(model, config, adapter_name)` transforms `model` in place (`hra_fx.transform`), adds these methods, and
-    returns it: `HRAModel(model, config) is model`. Every function of hra_fx works on it.
-
-    Args:
-        model: any module that `hra_fx.transform` accepts, plain or transformed.
-        config: the configuration. PEFT's keyword `peft_config` also works.
-        adapter_name: name of the adapter.
-        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
+    Every function of hra_fx works on it.
 
     Attributes:
         prefix: the prefix of the names of adapter parameters.
         tuner_layer_cls: class of the adapted layers.
         target_module_mapping: `model_type` -> default targets.
 
-    Raises:
-        AdapterError: the model already has an attribute with the name of one of these methods.
-        HRAError: for other errors, see `hra_fx.transform`. After any error the model is unchanged.
-
     Example:
-        >>> model = HRAModel(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
-        >>> model.print_trainable_parameters()
-        trainable params: 12 || all params: 40 || trainable%: 30.0000
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> isinstance(model, HRAModel), model.active_adapters
+        (True, ['default'])
         >>> type(model.merge_and_unload()) is nn.Sequential
         True
     """
@@ -87,30 +75,20 @@ class HRAModel(SwapMixin):
     create_or_update_model_card = pretrained.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Adapt the given model. Copying and unpickling call this without arguments."""
-        return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls, *args, **kwargs)
-
-    @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-        """`base.__init__`, which does nothing for an existing model."""
-        init: Callable[..., Any] = base.__init__
-
-        @functools.wraps(init)
-        def __init__(self: HRAModel, *args: Any, **kwargs: Any) -> None:
-            if "_modules" not in vars(self):
-                init(self, *args, **kwargs)
-
-        return {"__init__": __init__}
+        """Raise an error for `HRAModel(...)`. Copying and unpickling call this of a subclass, without arguments."""
+        if cls is HRAModel:
+            raise TypeError("HRAModel cannot be called. Call hra_fx.get_peft_model(model, config).")
+        return super().__new__(cls, *args, **kwargs)
 
     @property
     def peft_config(self) -> dict[str, HRAConfig]:
         """Adapter name -> configuration."""
-        return dict(self._record.configs)
+        return dict(root_of(self)[1].configs)
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters, in the order in which they are applied."""
-        return list(self._record.active)
+        return list(root_of(self)[1].active)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -127,10 +105,6 @@ class HRAModel(SwapMixin):
     def peft_type(self) -> str:
         """Always "HRA"."""
         return "HRA"
-
-    @property
-    def _record(self) -> AdapterState:
-        return root_of(self)[1]
 
     def get_base_model(self) -> nn.Module:
         """The model itself. To get a plain model, call `unload` or `merge_and_unload`."""
@@ -157,7 +131,7 @@ class HRAModel(SwapMixin):
         """Make the vectors and trained copies of these adapters trainable, or freeze them. Others are not changed."""
         parts = collect_parts(self)
         reshard(parts.modules)
-        set_requires_grad(parts, dict.fromkeys(names_in(self._record, adapter_names), requires_grad))
+        set_requires_grad(parts, dict.fromkeys(names_in(root_of(self)[1], adapter_names), requires_grad))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Same as `hra_fx.delete_adapter`, except that the last adapter is removed by `unload`.
@@ -211,7 +185,7 @@ class HRAModel(SwapMixin):
         Returns:
             The model, now the base model again.
         """
-        state = self._record
+        state = root_of(self)[1]
         check_whole(self, "remove its adapters", "modules")
         if state.merged:
             merge.unmerge_adapter(self)
@@ -237,25 +211,6 @@ class HRAModel(SwapMixin):
         if isinstance(model, nn.Module):
             check_names(model)
         return as_hra_model(load_adapter(model, *args, **kwargs))
-
-
-def _adapted(
-    model: nn.Module,
-    config: HRAConfig | None = None,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    *,
-    peft_config: HRAConfig | None = None,
-) -> nn.Module:
-    if isinstance(model, fx.GraphModule):
-        raise AdapterError(
-            f"HRAModel cannot add methods to a captured graph ({type(model).__name__}). Call "
-            "hra_fx.transform(model, config), which returns a model of the same type."
-        )
-    if isinstance(model, nn.Module):
-        check_names(model)
-    given: Any = peft_config if config is None else config
-    return as_hra_model(transform(model, given, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
 
 
 def check_names(model: nn.Module) -> None:
@@ -294,7 +249,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Adapt a model and add PEFT's methods, like `HRAModel`, with the arguments of `peft.get_peft_model`.
+    """Adapt a model in place and give it PEFT's methods, with the arguments of `peft.get_peft_model`.
 
     Args:
         model: any module that `hra_fx.transform` accepts, changed in place.
@@ -305,17 +260,25 @@ def get_peft_model(
         low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
     Returns:
-        `model`, with PEFT's methods.
+        `model`, which is an `HRAModel` now.
 
     Raises:
-        HRAError: see `HRAModel`.
+        AdapterError: `model` is a graph, or has an attribute with the name of one of PEFT's methods.
+        HRAError: for other errors, see `hra_fx.transform`. After any error the model is unchanged.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
         >>> model.print_trainable_parameters()
         trainable params: 12 || all params: 40 || trainable%: 30.0000
     """
-    adapted = HRAModel(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    if isinstance(model, fx.GraphModule):
+        raise AdapterError(
+            f"PEFT's methods cannot be added to a captured graph ({type(model).__name__}). Call "
+            "hra_fx.transform(model, config), which returns a model of the same type."
+        )
+    if isinstance(model, nn.Module):
+        check_names(model)
+    adapted: Any = as_hra_model(transform(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
     if revision is not None:
         adapted.peft_config[adapter_name].revision = revision
     return adapted

@@ -36,10 +36,6 @@ class TakenOver(SwapMixin):
         """The base model."""
         return self._modules.get("base_model", self).model  # type: ignore[union-attr]
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Same as `generate` of the base model."""
-        return self.get_base_model().generate(*args, **kwargs)
-
     @property
     def _keys_to_ignore_on_save(self) -> Any:
         """The Trainer allows these keys to be missing when it resumes."""

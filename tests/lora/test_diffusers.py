@@ -120,7 +120,7 @@ def test_diffusers_writes_the_same_file(tmp_path: Path) -> None:
 def test_a_single_unet(tmp_path: Path) -> None:
     pipe, fresh, alone = stable_diffusion(), stable_diffusion(), stable_diffusion()
     base = image(fresh)
-    pipe.unet = hra_fx.HRAModel(pipe.unet, hra_fx.HRAConfig(r=4, target_modules=UNET, init_weights=False))
+    pipe.unet = hra_fx.get_peft_model(pipe.unet, hra_fx.HRAConfig(r=4, target_modules=UNET, init_weights=False))
     hra_fx.save_as_lora(pipe.unet, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [NAME]
     fresh.load_lora_weights(tmp_path)

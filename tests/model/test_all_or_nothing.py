@@ -157,7 +157,7 @@ STEPS: list[tuple[type[Exception], Callable[[Any], object]]] = [
 def test_a_class_over_ours_is_refused_and_all_works_again_without_it(path: str) -> None:
     settings = config("first", "second")
     plain, model = adapted(net(), x=settings, y=config("second"))
-    model = hra_fx.HRAModel(model, settings, "x")
+    model = hra_fx.get_peft_model(model, settings, "x")
     x, part = normal(3, 6), model.get_submodule(path)
     wanted, later = oracle(plain, model, ["x"], x), oracle(plain, model, ["y"], x)
     uncover = cover(part)

@@ -140,7 +140,7 @@ def two_outputs() -> nn.Module:
     return Net()
 
 
-@pytest.mark.parametrize("way", [hra_fx.transform, hra_fx.HRAModel])
+@pytest.mark.parametrize("way", [hra_fx.transform, hra_fx.get_peft_model])
 def test_the_class_of_a_model_and_what_it_closes_over_are_freed(way: Callable[..., Any]) -> None:
     def made() -> tuple[nn.Module, list[weakref.ref[Any]]]:
         large = torch.ones(6)

@@ -113,7 +113,7 @@ def in_pairs(model: Any, adapter_name: str = "default") -> Any:
 
 def by_us(base: nn.Module, adapter_name: str = "default", **fields: Any) -> Any:
     """A copy of `base` with our HRA."""
-    return hra_fx.HRAModel(copy.deepcopy(base), hra_fx.HRAConfig(**fields), adapter_name)
+    return hra_fx.get_peft_model(copy.deepcopy(base), hra_fx.HRAConfig(**fields), adapter_name)
 
 
 def pair(first: dict[str, Any], second: dict[str, Any] | None = None) -> tuple[Any, Any]:

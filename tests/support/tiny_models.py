@@ -1,4 +1,4 @@
-"""Tiny models of transformers, adapted by `transform` or `HRAModel`, and a Trainer for them."""
+"""Tiny models of transformers, adapted by `transform` or `get_peft_model`, and a Trainer for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import hra_fx
 
-SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.HRAModel}
+SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.get_peft_model}
 #: A classifier and a language model, each adapted in one of the two ways.
 pairs = pytest.mark.parametrize(("kind", "shape"), [("bert", "transform"), ("llama", "HRAModel")])
 

@@ -90,7 +90,7 @@ def test_hra_model_is_refused() -> None:
     with pytest.raises(
         AdapterError, match=r"captured graph \(Mlp\)\. Call hra_fx\.transform\(model, config\), which ret"
     ):
-        hra_fx.HRAModel(traced(), config())
+        hra_fx.get_peft_model(traced(), config())
 
 
 # ---- other tracers, and inside of other models ----

@@ -37,7 +37,7 @@ def adapted(r: int = 8) -> Any:
     torch.manual_seed(1)
     for part, targets in TARGETS.items():
         config = hra_fx.HRAConfig(r=r, target_modules=targets, init_weights=True)
-        setattr(pipe, part, hra_fx.HRAModel(getattr(pipe, part), config, "default"))
+        setattr(pipe, part, hra_fx.get_peft_model(getattr(pipe, part), config, "default"))
         randomise(getattr(pipe, part))
     return pipe
 
@@ -112,7 +112,7 @@ def single(name: str) -> Any:
     """A UNet with one of the adapters alone, drawn for its name."""
     base = fresh()
     torch.manual_seed(ord(name))
-    return hra_fx.HRAModel(base, hra_fx.HRAConfig(**CONFIGS[name]), name)
+    return hra_fx.get_peft_model(base, hra_fx.HRAConfig(**CONFIGS[name]), name)
 
 
 def run(model: Any) -> Tensor:

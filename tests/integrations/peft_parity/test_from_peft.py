@@ -106,7 +106,7 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
     wanted = changed(x)
     refused(changed, r"adapter 'other': body\.layers\.0\.out does not match the adapter's configuration")
     assert torch.equal(changed(x), wanted)
-    ours = hra_fx.HRAModel(net(), hra_fx.HRAConfig(r=2, target_modules=["query"]))
+    ours = hra_fx.get_peft_model(net(), hra_fx.HRAConfig(r=2, target_modules=["query"]))
     refused(ours, "^Net already has hra_fx adapters")
     with pytest.raises(hra_fx.AdapterError, match=r"^`model` must be a torch\.nn\.Module, got int\.$"):
         hra_fx.from_peft(3)  # type: ignore[arg-type]

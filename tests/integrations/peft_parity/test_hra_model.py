@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from model.many import refuses
 from oracles import dense_vectors, relative_error
 from peft_sides import F64, Net, by_peft, by_us, net, opened_by_peft, randomise, tokens, trained
-from torch import nn
 
 import hra_fx
 
@@ -21,20 +19,13 @@ FIELDS: dict[str, Any] = {"r": 2, "target_modules": ["query", "value"], "init_we
 OTHERS: dict[str, Any] = {"r": 4, "target_modules": ["out"], "init_weights": False}
 
 
-CALLS: list[Callable[[nn.Module, hra_fx.HRAConfig], Any]] = [
-    lambda model, settings: hra_fx.HRAModel(model, settings, "mine"),
-    lambda model, settings: hra_fx.HRAModel(model=model, peft_config=settings, adapter_name="mine"),
-    lambda model, settings: hra_fx.HRAModel(model, config=settings, adapter_name="mine", low_cpu_mem_usage=False),
-]
-
-
-def test_every_way_to_call_it() -> None:
-    for call in CALLS:
-        base = net(F64)
-        ours = call(base, hra_fx.HRAConfig(**FIELDS))
-        assert ours is ours.get_base_model() is base
-        assert list(ours.peft_config) == ["mine"]
-        assert ours.body.layers[0].query.hra_u["mine"].shape == (8, 1, 2)
+def test_how_it_is_made() -> None:
+    base = net(F64)
+    ours = hra_fx.get_peft_model(base, hra_fx.HRAConfig(**FIELDS), "mine")
+    assert isinstance(ours, hra_fx.HRAModel) and ours is ours.get_base_model() is base
+    assert list(ours.peft_config) == ["mine"]
+    with pytest.raises(TypeError, match=r"^HRAModel cannot be called\. Call hra_fx\.get_peft_model"):
+        hra_fx.HRAModel(net(), GOOD)
 
 
 @pytest.mark.parametrize(
@@ -67,13 +58,13 @@ GOOD = hra_fx.HRAConfig(**FIELDS)
 def test_a_broken_configuration_leaves_the_model_as_it_was(broken: Any) -> None:
     base = net(F64)
     with refuses(base, "`config` must be an hra_fx.HRAConfig or a peft.HRAConfig", hra_fx.HRAError):
-        hra_fx.HRAModel(base, broken, "a")
+        hra_fx.get_peft_model(base, broken, "a")
 
 
 def test_add_adapter_takes_the_order_of_peft_and_that_of_transformers() -> None:
     others = hra_fx.HRAConfig(**OTHERS)
     for place, named in ((("b", others), {}), ((others, "b"), {}), ((), {"adapter_name": "b", "peft_config": others})):
-        model = hra_fx.HRAModel(net(F64), GOOD, "a")
+        model = hra_fx.get_peft_model(net(F64), GOOD, "a")
         before = model(tokens())
         model.add_adapter(*place, **named)
         assert list(model.peft_config) == ["a", "b"]

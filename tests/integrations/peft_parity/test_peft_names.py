@@ -23,7 +23,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def test_a_configuration_of_peft_is_converted_and_not_changed() -> None:
     fields = FIELDS["trained modules"] | {"bias": "hra_only"}
-    for add in (hra_fx.transform, hra_fx.HRAModel, hra_fx.get_peft_model):
+    for add in (hra_fx.transform, hra_fx.get_peft_model):
         config = peft.HRAConfig(**copy.deepcopy(fields))
         ours = add(net(F64), config)
         assert ours._hra_record.configs["default"] == hra_fx.HRAConfig(**fields, peft_version=peft.__version__)
@@ -43,7 +43,7 @@ def test_peft_refuses_our_configuration_with_what_to_call() -> None:
     with pytest.raises(AttributeError, match=text):
         peft.get_peft_model(net(), config)
     with pytest.raises(AttributeError, match=text):
-        peft.get_peft_model_state_dict(hra_fx.HRAModel(net(), config))
+        peft.get_peft_model_state_dict(hra_fx.get_peft_model(net(), config))
     model = peft.get_peft_model(net(), peft.HRAConfig.from_peft_type(**config.to_dict()))
     assert model.peft_config["default"].r == 2
 
