@@ -57,17 +57,12 @@ function show(address) {
   find(":scope > .frame", layer.box)?.scrollIntoView({ block: at, inline: at });
 }
 
-function go(address) {
-  history.pushState(null, "", `#${encodeURI(address)}`);
-  show(address);
-}
-
 function describe(box, path) {
   const [first, ...lines] = linesOf(box);
   const paths = [...layers].filter(([, layer]) => layer.box === box).map(([own]) => own);
   const close = create("button", "×");
   close.ariaLabel = "Close";
-  close.addEventListener("click", () => go(box.closest("figure").id));
+  close.addEventListener("click", () => (location.hash = encodeURI(box.closest("figure").id)));
   const facts = paths.flatMap((own) => (rows.get(own) ?? []).map((row) => factsOf(row, own === path || paths.length === 1)));
   const others = paths.length > 1 ? [create("p", `One of ${paths.length} that are drawn as this box`)] : [];
   const texts = lines.filter((line) => !rows.has(line.split(" · ")[0])).map((line) => create("p", line));
@@ -118,22 +113,10 @@ function fit() {
   if (first) main.scrollTo(first.x + main.scrollLeft + first.width / 2 - main.clientWidth / 2, 0);
 }
 
-const addressOf = (hash) => {
-  try {
-    return decodeURIComponent(hash.slice(1));
-  } catch {
-    return ""; // a "%" that encodes nothing
-  }
-};
-addEventListener("popstate", () => show(addressOf(location.hash)));
+const showAddress = () => show(decodeURIComponent(location.hash.slice(1)));
+addEventListener("hashchange", showAddress);
 addEventListener("resize", fit);
-document.addEventListener("click", (event) => {
-  const link = event.target.closest("a");
-  hits.hidden = true;
-  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
-  event.preventDefault();
-  go(addressOf(link.getAttribute("href")));
-});
+document.addEventListener("click", () => (hits.hidden = true));
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") hits.hidden ? !panel.hidden && find("button", panel).click() : (hits.hidden = true);
@@ -150,4 +133,4 @@ query.addEventListener("keydown", (event) => event.key === "Enter" && find("a", 
 
 document.body.classList.add("script");
 find("search").hidden = false;
-show(addressOf(location.hash));
+showAddress();

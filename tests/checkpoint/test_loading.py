@@ -263,7 +263,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
         f"{LAST} has a vector of zeros, which has no direction to reflect. The file is damaged: save or download the",
     ),
     "integers": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.int32)), f"{LAST} has dtype int32, but vectors are fl"),
-    "booleans": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.bool)), f"{LAST} has dtype bool, but vectors are fl"),
     "complex": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.complex64)), f"{LAST} has dtype complex64, but vect"),
     "many unexpected": (
         CHAIN,

@@ -17,6 +17,7 @@ from diffusion_pipelines import unet
 from moe_models import TARGETS, built
 
 import hra_fx
+from hra_fx.removed import COMMAND_LINE
 
 # ---- inspect ----
 
@@ -88,23 +89,12 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     )
 
 
-REMOVED = {
-    "visualize": "call hra_fx.visualize(model,",
-    "--rows": "Leave it out",
-    "--debug": "Call the function",
-    "--overwrite": "Delete OUT first",
-    "--part": "Pass the folder of the part as BASE",
-    "--quiet": "Redirect",
-    "--verify": "Leave it out",
-}
-
-
-@pytest.mark.parametrize("word", REMOVED)
+@pytest.mark.parametrize("word", COMMAND_LINE)
 def test_what_was_removed(shelf: Shelf, word: str, tmp_path: Path) -> None:
-    rest = [] if word.startswith("-") else [shelf / "my-model", tmp_path / "a.html"]
-    start = ["fold", shelf / "my-model", shelf / "my-adapter", tmp_path / "out"] if not rest else []
-    message = mistake(*start, word, *rest)
-    assert message.startswith(f"{word} was removed in 0.5. ") and REMOVED[word] in message
+    words = (
+        [word] if word == "visualize" else ["fold", shelf / "my-model", shelf / "my-adapter", tmp_path / "out", word]
+    )
+    assert mistake(*words) == f"{word} was removed in 0.5. {COMMAND_LINE[word]}"
     assert not list(tmp_path.iterdir())
 
 

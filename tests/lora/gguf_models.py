@@ -117,21 +117,11 @@ def _sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     if rotary:
         writer.add_rope_freq_base(rotary["rope_theta"])
         writer.add_rope_dimension_count(int(size * rotary.get("partial_rotary_factor", 1)))
-    for names, add in _EPSILONS.items():
-        if hasattr(config, names):
-            add(writer, getattr(config, names))
-    _peculiarities(writer, config)
-
-
-_EPSILONS = {
-    "rms_norm_eps": gguf.GGUFWriter.add_layer_norm_rms_eps,
-    "layer_norm_eps": gguf.GGUFWriter.add_layer_norm_eps,
-    "layer_norm_epsilon": gguf.GGUFWriter.add_layer_norm_eps,
-    "norm_epsilon": gguf.GGUFWriter.add_layer_norm_eps,
-}
-
-
-def _peculiarities(writer: gguf.GGUFWriter, config: Any) -> None:
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if hasattr(config, name):
+            writer.add_layer_norm_eps(getattr(config, name))
     if config.model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
     if config.model_type in ("gemma2", "gemma3_text", "phi3"):
