@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hra_fx.checkpoint.adapter import Fitted, fit
 from hra_fx.checkpoint.folder import find
@@ -91,8 +91,12 @@ def load_adapter(
         config = checked(root, fitted.config, adapter_name)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
-            like = reflection.weight_of(layer).dtype, device_of_values(reflection.device_of(layer))
-            reflection.put(adapter_name, fitted.spec(path), _like(fitted.vectors[path], *like))
+            """Cast as PEFT does (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""
+            vectors = fitted.vectors[path]
+            is_wide = vectors.dtype == torch.float64
+            dtype = vectors.dtype if is_wide else householder.working_dtype(reflection.weight_of(layer).dtype)
+            device = device_of_values(reflection.device_of(layer))
+            reflection.put(adapter_name, fitted.spec(path), vectors.to(device, dtype))
 
         if state is not None and adapter_name in state.configs:
             trained = layers_of(root, adapter_name).values() if is_trainable else ()
@@ -137,9 +141,3 @@ def _check_run(folder: Path) -> None:
             f"{folder} is a checkpoint of a run that trained vectors, and the state of its optimizer does not fit the "
             f"pairs that this adapter trains. Delete {folder / 'optimizer.pt'} to go on with a new state."
         )
-
-
-def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cast a tensor as PEFT does (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""
-    dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight_dtype)
-    return tensor.to(device, dtype)

@@ -21,14 +21,10 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
-from hra_fx.model import merge, switch, trainable
+from hra_fx.model import merge, remove, switch, trainable
 from hra_fx.model.fold import fold
-from hra_fx.model.merge import merge_adapter
-from hra_fx.model.remove import delete_adapter, remove_adapters
 from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import collect_parts, get_state, names_in, root_of
-from hra_fx.model.switch import disable_adapters
-from hra_fx.model.trainable import set_requires_grad
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import removed_method
 from hra_fx.selection.origin import DEFAULT_TARGETS
@@ -64,6 +60,7 @@ class HRAModel(SwapMixin):
     get_nb_trainable_parameters = trainable.count_parameters
     get_layer_status = removed_method("get_layer_status")
     get_model_status = removed_method("get_model_status")
+    delete_adapter = remove.delete_adapter
     delete_adapters = removed_method("delete_adapters")
     set_adapters = removed_method("set_adapters")
     enable_adapter_layers = enable_adapters = switch.enable_adapters
@@ -131,27 +128,15 @@ class HRAModel(SwapMixin):
         """Make the vectors and trained copies of these adapters trainable, or freeze them. Others are not changed."""
         parts = collect_parts(self)
         reshard(parts.modules)
-        set_requires_grad(parts, dict.fromkeys(names_in(root_of(self)[1], adapter_names), requires_grad))
+        trainable.set_requires_grad(parts, dict.fromkeys(names_in(root_of(self)[1], adapter_names), requires_grad))
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Same as `hra_fx.delete_adapter`, except that the last adapter is removed by `unload`.
-
-        Raises:
-            AdapterError: the model has no such adapter, it is the only adapter, or adapters are merged.
-        """
-        if list(self.peft_config) == [adapter_name]:
-            raise AdapterError(
-                f"adapter {adapter_name!r} is the only adapter of the model. Call unload() to get the base model."
-            )
-        delete_adapter(self, adapter_name)
-
-    def disable_adapter(self) -> disable_adapters:
+    def disable_adapter(self) -> switch.disable_adapters:
         """Same as `hra_fx.disable_adapters`: `with model.disable_adapter():` runs the base model."""
-        return disable_adapters(self)
+        return switch.disable_adapters(self)
 
     def disable_adapter_layers(self) -> None:
         """Disable all adapters until `enable_adapter_layers`."""
-        disable_adapters(self).__enter__()
+        switch.disable_adapters(self).__enter__()
 
     def disable_adapters(self) -> None:
         """Same as `disable_adapter_layers`. transformers and diffusers use this name."""
@@ -159,7 +144,7 @@ class HRAModel(SwapMixin):
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """Same as `hra_fx.merge_adapter`, which always checks that the weights stay finite."""
-        merge_adapter(self, adapter_names)
+        merge.merge_adapter(self, adapter_names)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -175,7 +160,7 @@ class HRAModel(SwapMixin):
         fold(self, adapter_names)
         if state := get_state(self):
             text = f"adapters {list(state.configs)} are removed without being folded. Use hra_fx.fold to keep them."
-            remove_adapters(self, state, tuple(state.configs))
+            remove.remove_adapters(self, state, tuple(state.configs))
             warnings.warn(text, HRAWarning, stacklevel=2)
         return self
 
@@ -189,7 +174,7 @@ class HRAModel(SwapMixin):
         check_whole(self, "remove its adapters", "modules")
         if state.merged:
             merge.unmerge_adapter(self)
-        remove_adapters(self, state, tuple(state.configs))
+        remove.remove_adapters(self, state, tuple(state.configs))
         return self
 
     @classmethod

@@ -16,7 +16,7 @@ from hra_fx.model.setup import checked, put_adapter
 from hra_fx.model.state import adapted_layers, get_state
 from hra_fx.passes import adapt
 from hra_fx.removed import without_removed_arguments
-from hra_fx.selection.select import select, with_head
+from hra_fx.selection.select import with_head
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -116,17 +116,11 @@ def _check_traceable(model: nn.Module) -> None:
 
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
+    """Whether the model already has this adapter. Raises an error if it has another one."""
     state = get_state(model)
-    present, layers = state.configs if state else {}, adapted_layers(model)
-    if present.get(adapter_name) == config:
-        held = {path for path, layer in layers.items() if adapter_name in layer.hra_u}
-        if odd := sorted(select(model, config).keys() ^ held):
-            raise AdapterError(
-                f"adapter {adapter_name!r}: the model was changed after transform, and {odd[0]} does not match the "
-                "configuration. Fold the model (hra_fx.fold) and transform it again."
-            )
+    if state and state.configs.get(adapter_name) == config:
         return True
-    for path, layer in layers.items():
+    for path, layer in adapted_layers(model).items():
         raise AdapterError(
             f"adapter {adapter_name!r}: {path} already has reflections of {', '.join(layer.hra_u)}, of another name or "
             "configuration. To add another adapter, call hra_fx.add_adapter. To start from the adapted weights, fold "

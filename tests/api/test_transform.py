@@ -79,16 +79,6 @@ def test_a_second_call_changes_nothing() -> None:
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_layer_that_was_replaced_is_noticed() -> None:
-    model = Wrapped()
-    hra_fx.transform(model, config("body.0", "head"))
-    model.head = nn.Linear(4, 3)
-    with pytest.raises(AdapterError, match=r"and head does not match the configuration\. Fold the model"):
-        hra_fx.transform(model, config("body.0", "head"))
-    hra_fx.transform(hra_fx.fold(model), config("body.0", "head"))
-    assert [row.path for row in hra_fx.report(model)] == ["body.0", "head"]
-
-
 # ---- errors ----
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.many import SAVED, adapted, assert_close, config, moved, net, normal, oracle, refuses, seen, three, weights
+from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses, seen, three, weights
 from torch import Tensor, nn
 
 import hra_fx
@@ -313,22 +312,3 @@ def test_blocks_that_overlap_in_threads() -> None:
         assert torch.equal(model(X), off)
         other.submit(second.__exit__, None, None, None).result()
     assert torch.equal(model(X), on)
-
-
-def test_blocks_that_overlap_in_tasks() -> None:
-    model = adapted(net(), a=config("first"))[1]
-    on = model(X)
-    found = []
-
-    async def reference(turns: int) -> None:
-        with hra_fx.disable_adapters(model):
-            for _ in range(turns):
-                await asyncio.sleep(0)
-                found.append(model(X))
-
-    async def both() -> None:
-        await asyncio.gather(reference(2), reference(4))
-
-    asyncio.run(both())
-    assert len(found) == 6 and all(torch.equal(output, found[0]) for output in found)
-    assert moved(found[0], on) and torch.equal(model(X), on)
