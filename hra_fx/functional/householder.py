@@ -134,7 +134,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     twice, and the second one removes the rounding error of the first ("twice is enough", Giraud et al. 2005,
     https://doi.org/10.1007/s00211-005-0615-4). All runtimes support these operators, unlike QR.
 
-    `U: (..., d, r)` must have full column rank (see `statistics.inverse_condition`). `V: (..., d, r)` is at least
+    `U: (..., d, r)` must have full column rank. `V: (..., d, r)` is at least
     float32, even under autocast.
 
     Example:

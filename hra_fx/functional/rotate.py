@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hra_fx.errors import FoldError
 from hra_fx.functional.householder import compact_wy, normalize, without_autocast, working_dtype
-from hra_fx.functional.statistics import inverse_condition
 
 
 def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False) -> Tensor:
@@ -54,7 +53,11 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
     """Raise a `FoldError` if an adapter has no data or no well-defined `Q`; `where` and `adapter` are for messages."""
     if weight.is_meta or vectors.is_meta:
         raise FoldError(f"{where}: the weight or the vectors of {adapter!r} are on the meta device. Load them first.")
-    if apply_GS and inverse_condition(vectors) < 8 * torch.finfo(vectors.dtype).eps:
+    if not apply_GS:
+        return
+    # `U = V R`: a small entry of the diagonal of `R` is a column in the span of the columns before it.
+    diagonal = torch.linalg.qr(vectors.detach().double(), mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+    if bool((diagonal.amin(-1) <= 8 * torch.finfo(vectors.dtype).eps * diagonal.amax(-1)).any()):
         raise FoldError(
             f"{where}: the vectors of {adapter!r} are linearly dependent, so their Gram-Schmidt basis is rounding "
             "noise. Train with apply_GS=False, or with init_weights=True, which starts with independent vectors."

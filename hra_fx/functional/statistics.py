@@ -125,18 +125,3 @@ def readable_rows(weight: Tensor, width: int, *, fan_in_fan_out: bool) -> Tensor
         return None
     rows = weight.mT if fan_in_fan_out else weight.flatten(1)
     return rows if rows.shape[1] == width else None
-
-
-def inverse_condition(vectors: Tensor) -> float:
-    """Measure the linear independence of the columns of `U: (d, r)`: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
-
-    For several matrices `(n, d, r)`, the smallest value. If the value is near the epsilon of the dtype of `U`, the
-    Gram-Schmidt basis is rounding noise.
-
-    Example:
-        >>> inverse_condition(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-        0.0
-    """
-    diagonal = torch.linalg.qr(vectors.detach().double(), mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
-    largest, smallest = diagonal.amax(dim=-1), diagonal.amin(dim=-1)
-    return float(torch.where(largest > 0, smallest / largest, 0.0).min())

@@ -24,6 +24,7 @@ from hra_fx.layers.target import full_shape, held_weight, weight_entry, weight_p
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.patterns import matches_rank
 from hra_fx.selection.select import Modules, once, select, walk
+from hra_fx.selection.suggestions import some_of
 from hra_fx.selection.tied import how_to_untie, tied_to
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -159,28 +160,20 @@ def _weight_problem(layer: nn.Module) -> str | None:
     shape = tuple(full_shape(weight))
     if not math.prod(shape):
         return f"its weight is empty, got shape {shape}. {_EXCLUDE_IT}"
-    if (expected := _weight_shape(layer)) and shape != expected:
+    expected = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else shape
+    if shape != expected:
         return f"its weight must have shape {expected}, got {shape} (packed?). {_EXCLUDE_IT}"
-    return None
-
-
-def _weight_shape(layer: nn.Module) -> tuple[int, ...] | None:
-    """The expected shape of a weight from the sizes of its layer; None for kinds that are not checked."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
     return None
 
 
 def _rank_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     width, rank = width_of(layer), config.rank_of(path)
-    if config.apply_GS and rank > width:
-        return (
-            f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer, got {rank}. "
-            f"Lower `r`, set `apply_GS=False`, or {_EXCLUDE}"
-        )
-    return None
+    if not config.apply_GS or rank <= width:
+        return None
+    return (
+        f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer, got {rank}. "
+        f"Lower `r`, set `apply_GS=False`, or {_EXCLUDE}"
+    )
 
 
 def _warn_about_blocked_gradients(modules: Modules, layers: Iterable[nn.Module]) -> None:
@@ -193,23 +186,16 @@ def _warn_about_blocked_gradients(modules: Modules, layers: Iterable[nn.Module])
         if (scheme := quant_scheme_of(module)) and (reason := scheme.why_no_gradient(module))
     }
     if blocked:
-        path, reason = next(iter(blocked.items()))
-        others = f" (and {len(blocked) - 1} more)" if len(blocked) > 1 else ""
-        warnings.warn(
-            f"{path}{others}: {reason}. Adapters before it get gradients only along other paths. Add such layers to "
-            "`target_modules`: adapted layers pass gradients.",
-            HRAWarning,
-            stacklevel=3,
+        text = (
+            f"{some_of(list(blocked), 1)}: {next(iter(blocked.values()))}. Adapters before it get gradients only along "
+            "other paths. Add such layers to `target_modules`: adapted layers pass gradients."
         )
+        warnings.warn(text, HRAWarning, stacklevel=3)
 
 
 def _warn_about_unused_patterns(config: HRAConfig, paths: Sequence[str]) -> None:
-    """Warn about entries of `rank_pattern` that do not match any adapted layer."""
     unused = [pattern for pattern in config.rank_pattern if not any(matches_rank(pattern, path) for path in paths)]
     if unused:
-        warnings.warn(
-            f"rank_pattern: {', '.join(map(repr, unused))} matches none of the adapted layers, which are "
-            f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}.",
-            HRAWarning,
-            stacklevel=3,
-        )
+        names = ", ".join(map(repr, unused))
+        text = f"rank_pattern: {names} matches none of the adapted layers, which are {some_of(paths, 3)}."
+        warnings.warn(text, HRAWarning, stacklevel=3)

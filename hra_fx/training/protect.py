@@ -19,7 +19,7 @@ from hra_fx.config_fields import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.model.state import AdapterState, adapted_layers, root_of, unwrap
+from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, root_of, unwrap
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
@@ -162,14 +162,13 @@ def _active(layer: AdaptedLayer, state: AdapterState) -> list[str]:
 def _adapters(model: nn.Module, *, trained: bool) -> tuple[AdapterState, dict[str, AdaptedLayer]]:
     """The state of a model and its layers with active adapters, neither merged nor scaled, and perhaps `trained`."""
     root, state = root_of(model)
+    check_unmerged(state)
     layers = {path: layer for path, layer in adapted_layers(root).items() if _active(layer, state)}
     if not layers:
         raise AdapterError("the model has no active adapter to protect. Call hra_fx.set_adapter(model, name) first.")
     for path, layer in layers.items():
         for name in _active(layer, state):
             place = f"{path}: adapter {name!r}"
-            if name in state.merged:
-                raise AdapterError(f"{place} is merged into the weight. Call hra_fx.unmerge_adapter(model) first.")
             if name in layer.hra_u.scales:
                 raise AdapterError(f"{place} has a scale. Call hra_fx.set_scale(model, {name!r}, 1.0) first.")
             if trained and not layer.hra_u[name].requires_grad:
