@@ -46,13 +46,6 @@ def with_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Pat
     return damage
 
 
-def with_metadata(text: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        save_file(weights(folder), folder / WEIGHTS_NAME, {**metadata(folder), "hra_fx": text})
-
-    return damage
-
-
 def with_config(**changes: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         file = folder / CONFIG_NAME

@@ -136,22 +136,6 @@ def test_each_tensor_keeps_the_dtype_of_its_file(claimed: str | None, tmp_path: 
     assert changed == {key for key in state if "q_proj" in key}
 
 
-def test_what_a_fold_cannot_keep_is_said(tmp_path: Path) -> None:
-    model = llama()
-    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
-    state = tensors(base)
-    wide = "model.layers.0.self_attn.q_proj.weight"
-    save_file(state | {wide: state[wide].double()}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"{wide} has torch\.float64, but most weights have torch\.bfloat16"):
-        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
-    save_file(state, base / "model.safetensors", {"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    with pytest.raises(CheckpointError, match=r"names no `architectures`, and LlamaModel does not use lm_head\.weight"):
-        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_tensors_that_a_class_ignores_without_a_report_are_named(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=24, position_biased_input=False, **sizes))
@@ -238,6 +222,11 @@ def without_a_tensor(base: Path, adapter: Path) -> None:
     save_file(state, base / "model.safetensors", {"format": "pt"})
 
 
+def one_wide_tensor(base: Path, adapter: Path) -> None:
+    state, wide = tensors(base), "model.layers.0.self_attn.q_proj.weight"
+    save_file(state | {wide: state[wide].double()}, base / "model.safetensors", {"format": "pt"})
+
+
 def config_with(**fields: Any) -> Callable[[Path, Path], None]:
     def change(base: Path, adapter: Path) -> None:
         file = base / "config.json"
@@ -259,6 +248,14 @@ def adapter_in_the_base(base: Path, adapter: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "pickle": (without_weights, "base: cannot load the model (OSError: "),
     "missing tensor": (without_a_tensor, "base: the files have no model.norm.weight, which LlamaForCausalLM needs."),
+    "wide tensor": (
+        one_wide_tensor,
+        "base/model.safetensors: model.layers.0.self_attn.q_proj.weight has torch.float64, but most weights have torch.bfloat16",
+    ),
+    "no architectures": (
+        config_with(architectures=None),
+        "base/config.json: names no `architectures`, and LlamaModel does not use lm_head.weight",
+    ),
     "quantized": (
         config_with(quantization_config={"quant_method": "x"}),
         "base/config.json: the weights are quantized",

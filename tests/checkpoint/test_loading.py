@@ -23,7 +23,6 @@ from checkpoint.damaging import (
     saved,
     weights,
     with_config,
-    with_metadata,
     with_weights,
 )
 from checkpoints import picture
@@ -130,11 +129,10 @@ def test_several_ranks_are_loaded_and_replaced(fields: dict[str, Any], tmp_path:
 
 
 def test_frozen_vectors_of_0_4_are_loaded_as_plain_reflections_or_refused(tmp_path: Path) -> None:
-    """The file has them in front of the trained ones, in the rank of its configuration, also with Gram-Schmidt."""
+    """The file has them in front of the trained ones, in the rank of its configuration."""
     folder = saved(tmp_path, "0", r=4)
     wanted = by_oracle(folder)
     with_weights(lambda tensors: tensors.update({f"{PREFIX}0.hra_vectors": torch.ones(6, 2)}))(folder)
-    with_metadata('{"r": 2, "apply_GS": true}')(folder)
     model: Any = hra_fx.load_adapter(mlp(), folder, is_trainable=True)
     assert relative_error(model.eval()(X), wanted) < 1e-5
     state = model.state_dict()
