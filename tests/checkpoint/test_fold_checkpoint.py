@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "missing tensor": (without_a_tensor, "base: the files have no model.norm.weight, which LlamaForCausalLM needs."),
     "wide tensor": (
         one_wide_tensor,
-        "base/model.safetensors: model.layers.0.self_attn.q_proj.weight has torch.float64, but most weights have torch.bfloat16",
+        "base/model.safetensors: model.layers.0.self_attn.q_proj.weight has torch.float64, but most weights have",
     ),
     "no architectures": (
         config_with(architectures=None),
