@@ -1,4 +1,4 @@
-"""QLoRA with reflections: a 4-bit base, PEFT's preparation, checkpointing, Trainer and TRL, and files.
+"""QLoRA with reflections: a 4-bit base, PEFT's preparation, checkpointing and TRL.
 
 PEFT's own HRA cannot compute over 4 bits, so it trains over the dequantized weights of the same model.
 """
@@ -24,17 +24,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-CHECKPOINTING: dict[str, dict[str, Any]] = {
-    "plain": {"gradient_checkpointing": False},
-    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+def checkpointing(*, use_reentrant: bool) -> dict[str, Any]:
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
 
 
 def in_4_bits(folder: Path) -> Any:
@@ -47,14 +40,10 @@ def in_4_bits(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
-def prepared(folder: Path, mode: str = "plain") -> Any:
+def prepared(folder: Path, *, use_reentrant: bool) -> Any:
     """The base model, as the tutorials prepare it."""
-    options = CHECKPOINTING[mode]
-    return peft.prepare_model_for_kbit_training(
-        in_4_bits(folder),
-        use_gradient_checkpointing=options["gradient_checkpointing"],
-        gradient_checkpointing_kwargs=options.get("gradient_checkpointing_kwargs"),
-    )
+    options = {"use_reentrant": use_reentrant}
+    return peft.prepare_model_for_kbit_training(in_4_bits(folder), gradient_checkpointing_kwargs=options)
 
 
 def losses(trainer: Trainer) -> Tensor:
@@ -71,9 +60,9 @@ def test_sft_of_trl_is_that_of_peft_over_the_dequantized_weights(tmp_path: Path)
     """A float32 base: over another, the backward of bitsandbytes rounds the weights and its forward does not."""
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
     dequantized = in_4_bits(tmp_path / "base").dequantize().requires_grad_(requires_grad=False)
-    mode, found = "not reentrant", []
-    for kind, base in ((PEFT, dequantized), (TAKEN, prepared(tmp_path / "base", mode))):
-        made = sft(kind, base, tmp_path, **(CHECKPOINTING[mode] if kind == TAKEN else {}))
+    found = []
+    for kind, base in ((PEFT, dequantized), (TAKEN, prepared(tmp_path / "base", use_reentrant=False))):
+        made = sft(kind, base, tmp_path, **(checkpointing(use_reentrant=False) if kind == TAKEN else {}))
         for parameter in made.model.parameters():
             if parameter.requires_grad:  # as docs/large-models.md says it: TRL has made the vectors bfloat16
                 assert parameter.dtype is torch.bfloat16
@@ -84,8 +73,10 @@ def test_sft_of_trl_is_that_of_peft_over_the_dequantized_weights(tmp_path: Path)
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
-def test_pairs_that_trl_leaves_in_bfloat16_train(folder: Path, tmp_path: Path) -> None:
-    made = sft(OURS, prepared(folder, "reentrant"), tmp_path, bf16=True, **CHECKPOINTING["reentrant"])
+def test_pairs_that_trl_leaves_in_bfloat16_train(tmp_path: Path) -> None:
+    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = prepared(tmp_path / "base", use_reentrant=True)
+    made = sft(OURS, base, tmp_path, bf16=True, **checkpointing(use_reentrant=True))
     before = {path: pairs.detach().clone() for path, pairs in vectors_of(made.model).items()}
     assert {pairs.dtype for pairs in before.values()} == {torch.bfloat16}
     made.train()

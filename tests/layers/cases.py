@@ -85,20 +85,6 @@ class TwoParents(nn.Module):
         return self.right(x)
 
 
-class SharedBlocks(nn.Module):
-    """A list with the same block twice, and another block between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        block = Pair(nn.Linear(6, 6))
-        self.layers = nn.ModuleList([block, Pair(nn.Linear(6, 6)), block])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
 def albert() -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "embedding_size": 8, "num_attention_heads": 2}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": False}
@@ -159,12 +145,6 @@ ROWS = normal(1, 4, 6)
 SHARED = {
     "two paths": Case(TwoPaths, ("first", "between"), ROWS, sites=("first", "between")),
     "two parents": Case(TwoParents, ("own", "shared"), ROWS, sites=("left.own", "left.shared", "right.own")),
-    "a list with a block twice": Case(
-        SharedBlocks,
-        ("own", "shared"),
-        ROWS,
-        sites=("layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"),
-    ),
     "albert": Case(
         albert,
         ("query", "ffn", "ffn_output"),

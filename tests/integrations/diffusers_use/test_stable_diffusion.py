@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +67,17 @@ def test_every_attention_processor_gives_the_images_of_the_rotated_weights() -> 
 
 @pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd")  # of PEFT
 def test_a_saved_pipeline_has_adapters_inside_which_peft_opens_and_once_folded_it_opens_itself(tmp_path: Path) -> None:
-    """diffusers loads a UNet from a whole model only, transformers a text encoder over a base that has a name."""
-    pipe, fresh, by_class, theirs = adapted(r=3), pipeline(), pipeline(), pipeline()
+    pipe, fresh, theirs = adapted(r=3), pipeline(), pipeline()
     wanted = image(pipe)
     pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
-    assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
-    # Which of the two is tried first is not settled.
-    with pytest.raises(OSError, match=r"no file named config\.json found in directory .*unet|couldn't connect"):
-        type(pipe).from_pretrained(tmp_path)
     for part in TARGETS:
         files = sorted(file.name for file in (tmp_path / part).iterdir())
         assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         hra_fx.load_adapter(getattr(fresh, part), tmp_path, subfolder=part)
-        hra_fx.HRAModel.from_pretrained(getattr(by_class, part), tmp_path / part)
         # Injected into the model itself, which the pipeline keeps.
         peft.PeftModel.from_pretrained(getattr(theirs, part), str(tmp_path / part))
         hra_fx.fold(getattr(pipe, part))
     assert torch.equal(image(fresh), wanted)
-    assert torch.equal(image(by_class), wanted)
     assert relative_error(image(theirs), wanted) < 1e-4
     assert type(pipe.unet) is diffusers.UNet2DConditionModel
     assert type(pipe.text_encoder) is CLIPTextModel
