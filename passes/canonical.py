@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import ASSERT_METADATA, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.passes.exported import CALL_LAYER, exporting
-from hra_fx.passes.inputs import Condition, Inputs, conditions_of, nest
+from hra_fx.passes.inputs import Inputs, conditions_of, nest
 from hra_fx.passes.nodes import attribute, line_of, replace_node
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Canonical(NamedTuple):
 
     graph: fx.Graph
     constants: dict[str, Tensor]
-    conditions: list[Condition]
+    conditions: list[str]
     inputs: Inputs
     sizes: list[list[tuple[int, int]]]
 

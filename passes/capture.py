@@ -100,5 +100,6 @@ def _module_of(model: nn.Module, captured: Canonical, in_eval: Canonical | None 
     merged = merge_modes(captured.graph, in_eval.graph) if in_eval else {}
     other = in_eval or captured
     constants = {name: ByMode(value, other.constants[name]) for name, value in captured.constants.items()}
-    checks = InputChecks([*captured.conditions, *other.conditions])
+    names = [str(node.target) for node in captured.inputs.arguments]
+    checks = InputChecks(names, [*captured.conditions, *other.conditions])
     return graph_module(model, captured.graph, {CHECKS: checks, **constants, **merged})

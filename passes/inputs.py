@@ -50,34 +50,20 @@ def call_of(program: ExportedProgram) -> Call:
     return call
 
 
-class Condition(NamedTuple):
-    """A condition on the inputs of a graph.
-
-    Attributes:
-        code: a Python expression of `args`, the inputs of the graph.
-        text: the same expression with the names of the inputs.
-    """
-
-    code: str
-    text: str
-
-
 class Inputs(NamedTuple):
     """The inputs of a graph.
 
     Attributes:
         arguments: the placeholders, in the order of the model's signature.
         flat: the nodes of the values in them.
-        codes: for each flat value, its Python expression of `args`, the arguments.
-        texts: the same expressions with the names of the arguments.
-        conditions: those on the structure of the arguments.
+        places: for each flat value, its Python expression, with the names of the arguments.
+        conditions: those on the structure of the arguments, as expressions.
     """
 
     arguments: list[fx.Node]
     flat: list[fx.Node]
-    codes: list[str]
-    texts: list[str]
-    conditions: list[Condition]
+    places: list[str]
+    conditions: list[str]
 
 
 def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
@@ -86,26 +72,22 @@ def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
     names = argument_names(model, *call_of(program))
     specs = [spec for part in children_of(program.call_spec.in_spec) for spec in children_of(part)]
     old = list(graph.find_nodes(op="placeholder"))
-    flat, made = iter(old), Inputs([], [], [], [], [])
+    flat, made = iter(old), Inputs([], [], [], [])
     start = old[-1].next if old else next(iter(graph.nodes))
     for name, default in _with_skipped(parameters, names):
-        index = len(made.arguments)
         with graph.inserting_before(old[0] if old else start):
             argument = graph.placeholder(name, default_value=default)
         made.arguments.append(argument)
-        code = f"args[{index}]"
         if name not in names:
-            test = " is None" if default is None else f" == {default!r}"
-            made.conditions.append(Condition(code + test, name + test))
+            made.conditions.append(f"{name} is None" if default is None else f"{name} == {default!r}")
             continue
         with graph.inserting_before(start):
-            for value, place in _leaves(graph, argument, specs[names.index(name)], name, code, made.conditions):
+            for value, place in _leaves(graph, argument, specs[names.index(name)], name, made.conditions):
                 before = next(flat)
                 value.meta = dict(before.meta)
                 before.replace_all_uses_with(value)
                 made.flat.append(value)
-                made.codes.append(code + place)
-                made.texts.append(name + place)
+                made.places.append(place)
     for node in old:
         graph.erase_node(node)
     end: Any = graph.output_node()
@@ -132,27 +114,20 @@ def _with_skipped(parameters: Mapping[str, inspect.Parameter], names: Sequence[s
 
 
 def _leaves(
-    graph: fx.Graph, value: fx.Node, spec: Any, name: str, code: str, conditions: list[Condition]
+    graph: fx.Graph, value: fx.Node, spec: Any, place: str, conditions: list[str]
 ) -> Iterator[tuple[fx.Node, str]]:
     """Create nodes for the values in an argument, each with its place; add the conditions on its containers."""
-
-    def unpack(value: fx.Node, spec: Any, place: str) -> Iterator[tuple[fx.Node, str]]:
-        if spec.is_leaf():
-            yield value, place
-            return
-        if spec.type not in (tuple, list, dict):
-            raise CaptureError(f"its input {name!r} contains a {spec.type.__name__}, which a graph cannot unpack")
-        keys = spec.context if spec.type is dict else range(spec.num_children)
-        conditions.append(Condition(_has_form(code + place, spec, keys), _has_form(name + place, spec, keys)))
-        for key, child in zip(keys, children_of(spec), strict=True):
-            yield from unpack(graph.call_function(operator.getitem, (value, key)), child, f"{place}[{key!r}]")
-
-    return unpack(value, spec, "")
-
-
-def _has_form(value: str, spec: Any, keys: Sequence[Any]) -> str:
-    test = f"set({value}) == {set(keys)!r}" if keys and spec.type is dict else f"len({value}) == {len(keys)}"
-    return f"isinstance({value}, {spec.type.__name__}) and {test}"
+    if spec.is_leaf():
+        yield value, place
+        return
+    if spec.type not in (tuple, list, dict):
+        raise CaptureError(f"its input {place!r} contains a {spec.type.__name__}, which a graph cannot unpack")
+    keys = spec.context if spec.type is dict else range(spec.num_children)
+    test = f"set({place}) == {set(keys)!r}" if keys and spec.type is dict else f"len({place}) == {len(keys)}"
+    conditions.append(f"isinstance({place}, {spec.type.__name__}) and {test}")
+    for key, child in zip(keys, children_of(spec), strict=True):
+        item = graph.call_function(operator.getitem, (value, key))
+        yield from _leaves(graph, item, child, f"{place}[{key!r}]", conditions)
 
 
 def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
@@ -185,24 +160,25 @@ class InputChecks(nn.Module):
     #: Keeps the call in `graph.eliminate_dead_code()`, which would otherwise remove it because its result is not used.
     _is_impure = True
 
-    def __init__(self, conditions: Sequence[Condition]) -> None:
-        """Store the conditions."""
+    def __init__(self, names: Sequence[str], conditions: Sequence[str]) -> None:
+        """Store the names of the inputs, and the conditions: Python expressions with these names."""
         super().__init__()
-        self.conditions: tuple[Condition, ...] = ()
+        self.names = tuple(names)
+        self.conditions: tuple[str, ...] = ()
         self.add(conditions)
 
     def forward(self, *args: Any) -> None:
         """Check all inputs."""
         self._check(*args)
 
-    def add(self, conditions: Sequence[Condition]) -> None:
+    def add(self, conditions: Sequence[str]) -> None:
         """Add conditions."""
         self.conditions = tuple(dict.fromkeys([*self.conditions, *conditions]))
-        self._check = guard_function(_code(self.conditions))
+        self._check = guard_function(_code(self.names, self.conditions))
 
     def extra_repr(self) -> str:
         """Show the conditions."""
-        return ", ".join(condition.text for condition in self.conditions)
+        return ", ".join(self.conditions)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the function, which is created from the conditions."""
@@ -214,40 +190,36 @@ class InputChecks(nn.Module):
         self.add(())
 
 
-def _code(conditions: Sequence[Condition]) -> str:
+def _code(names: Sequence[str], conditions: Sequence[str]) -> str:
     """The source of a function that asserts all conditions."""
-    lines = ["def check(*args):"]
+    lines = [f"def check({', '.join(names)}):"]
     for condition in conditions:
         message = (
-            f"the graph was captured for inputs with `{condition.text}`. Call the original model, or capture it "
+            f"the graph was captured for inputs with `{condition}`. Call the original model, or capture it "
             "for these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True), or to "
             "torch.export.export."
         )
-        lines.append(f"    torch._assert({condition.code}, {message!r})")
+        lines.append(f"    torch._assert({condition}, {message!r})")
     return "\n".join([*lines, "    return None"])
 
 
-def limit_conditions(inputs: Inputs, sizes: Sequence[Sequence[tuple[int, int]]], limits: Limits) -> list[Condition]:
+def limit_conditions(inputs: Inputs, sizes: Sequence[Sequence[tuple[int, int]]], limits: Limits) -> list[str]:
     """The conditions that sizes are not 0, and those that a comparison found."""
-    made: list[tuple[list[int], str]] = []  # indices of flat inputs, and a test of them
-    for ones in [frozenset([which]) for which in range(len(sizes))] + [
-        some for some in limits.not_one if len(some) > 1
-    ]:
+    made = list[str]()
+    alone = [frozenset([which]) for which in range(len(sizes))]
+    for ones in [*alone, *(some for some in limits.not_one if len(some) > 1)]:
         places = [sizes[which][0] for which in sorted(ones)]
         least = int(ones in limits.not_one)
-        test = " or ".join(f"{{{i}}}.size()[{dimension}] > {least}" for i, (_, dimension) in enumerate(places))
-        made.append(([index for index, _ in places], test))
-    made += [([index], f"{{0}}.dtype == {inputs.flat[index].meta['val'].dtype}") for index in sorted(limits.same_dtype)]
-    made += [([index], "{0}.is_contiguous()") for index in sorted(limits.contiguous)]
+        made.append(" or ".join(f"{inputs.places[index]}.size()[{dimension}] > {least}" for index, dimension in places))
+    for index in sorted(limits.same_dtype):
+        made.append(f"{inputs.places[index]}.dtype == {inputs.flat[index].meta['val'].dtype}")
+    made += [f"{inputs.places[index]}.is_contiguous()" for index in sorted(limits.contiguous)]
     if not limits.under_autocast:
-        made.append(([], "not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"))
-    return [
-        Condition(*(test.format(*(shown[index] for index in which)) for shown in (inputs.codes, inputs.texts)))
-        for which, test in made
-    ]
+        made.append("not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')")
+    return made
 
 
-def conditions_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> list[Condition]:
+def conditions_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> list[str]:
     """The conditions on the inputs of a program."""
     args, kwargs = call_of(program)
     given = dict(zip(argument_names(model, args, kwargs), (*args, *kwargs.values()), strict=True))
@@ -262,12 +234,11 @@ def conditions_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) ->
     found = list(inputs.conditions)
     # The code of `torch.export` reads inputs from `L`.
     for original in dict.fromkeys([*_of_shapes(program, inputs.flat), *guards_of(program)]):
-        text = code = original.replace("\n", "")
+        text = original.replace("\n", "")
         # Those of known inputs first: a guess may be a prefix of one.
         for source, index in (sources | variadic | sources).items():
-            code = code.replace(source, inputs.codes[index])
-            text = text.replace(source, inputs.texts[index])
-        found.append(Condition(code, ast.unparse(ast.parse(text, mode="eval"))))
+            text = text.replace(source, inputs.places[index])
+        found.append(ast.unparse(ast.parse(text, mode="eval")))
     return found
 
 

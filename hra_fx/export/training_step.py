@@ -104,12 +104,12 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
     if quantized := next((path for path, part in model.named_modules() if quant_scheme_of(part) is not None), None):
         raise AdapterError(
             f"export_training_step: {quantized} is quantized, and torch cannot export a backward pass through it. Load "
-            "the base model in float32, add the adapter with hra_fx.load_adapter, and export that."
+            "the base model in float32 and the adapter with hra_fx.load_adapter."
         )
     if labels is not None and loss is None:
         raise AdapterError(
-            "export_training_step: `labels` needs `loss`, which is called with the outputs and the labels. If the "
-            "model computes the loss itself, pass the labels in `example_inputs`."
+            "export_training_step: `labels` needs `loss`. If the model computes the loss itself, pass the labels in "
+            "`example_inputs`."
         )
 
 
@@ -257,13 +257,11 @@ def _gradients_of(step: _StepModule) -> dict[str, Tensor]:
         if not loss.requires_grad:
             raise AdapterError(
                 "export_training_step: the loss does not depend on any trained parameter. The model has no active "
-                "adapter (hra_fx.set_adapter), or they are merged (hra_fx.unmerge_adapter), disabled, or on layers "
-                "that the call does not use; or the loss is detached."
+                "adapter, or they are merged, disabled, or on layers that the call does not use; or it is detached."
             )
         if not bool(loss.isfinite()):
             raise AdapterError(
-                f"export_training_step: the loss of the example is {float(loss.detach())}. Pass an example with a "
-                "finite loss. For example, not all labels may be ignored."
+                f"export_training_step: the loss of the example is {float(loss.detach())}. Pass one with a finite loss."
             )
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     found = {name: gradient for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
@@ -284,9 +282,8 @@ def _check_gradients(program: ExportedProgram, step: _StepModule, wanted: Mappin
             continue
         what, error = f"the gradient of {name}" if name else "the loss", difference / (norms[name] or 1.0)
         raise AdapterError(
-            f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. The "
-            f"backward pass of exported programs is experimental: torch {torch.__version__} may compute it incorrectly "
-            "for an operator of this model, and drops custom autograd functions and hooks on parameters. Use basic "
-            "operators instead. 16-bit weights have large rounding errors; try float32. If the model draws "
-            "random numbers, call model.eval() first."
+            f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. torch "
+            f"{torch.__version__} may compute the backward pass of an operator incorrectly, and drops custom autograd "
+            "functions and hooks on parameters: use basic operators. With 16-bit weights, try float32; with random "
+            "numbers, call model.eval() first."
         )
