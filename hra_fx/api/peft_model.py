@@ -7,7 +7,7 @@ pipelines, diffusers) still work, and a wrapper that forwards attributes is not 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
@@ -17,7 +17,6 @@ from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.integrations import pretrained
-from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
@@ -27,7 +26,6 @@ from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import collect_parts, get_state, names_in, root_of
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import removed_method
-from hra_fx.selection.origin import DEFAULT_TARGETS
 
 #: Packages with classes that have methods with the same names. The methods of `HRAModel` replace these.
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
@@ -39,9 +37,7 @@ class HRAModel(SwapMixin):
     Every function of hra_fx works on it.
 
     Attributes:
-        prefix: the prefix of the names of adapter parameters.
-        tuner_layer_cls: class of the adapted layers.
-        target_module_mapping: `model_type` -> default targets.
+        prefix: the prefix of the names of adapter parameters; TRL reads it.
 
     Example:
         >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
@@ -53,8 +49,6 @@ class HRAModel(SwapMixin):
 
     _hra_priority = 3
     prefix: str = "hra_"
-    tuner_layer_cls: type[nn.Module] = AdaptedLayer
-    target_module_mapping: Mapping[str, Any] = DEFAULT_TARGETS
 
     # Functions whose first argument is the model.
     get_nb_trainable_parameters = trainable.count_parameters
