@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -293,21 +292,13 @@ def test_a_resumed_run_continues_with_the_next_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "text"),
-    [
+def test_bad_arguments_for_a_trainer(tmp_path: Path) -> None:
+    trainer = trainer_of(Trainer, "llama", adapted(llama()), tmp_path)
+    for arguments, error, text in (
         ({"weight": 0.0}, ConfigError, r"`weight` must be a finite number > 0, got 0\.0"),
         ({"every": 0}, ConfigError, "`every` must be a positive int, got 0"),
-        ({"samples": []}, AdapterError, "`samples` must be a list of batches"),
-        ({"samples": SAMPLES[0]}, AdapterError, "`samples` must be a list of batches"),
-        ({"samples": cycle(SAMPLES)}, AdapterError, "`samples` must be a list of batches"),
+        *[({"samples": bad}, AdapterError, "must be a list of batches") for bad in ([], SAMPLES[0], cycle(SAMPLES))],
         ({"trainer": nn.Linear(2, 2)}, AdapterError, "`trainer` must be a transformers Trainer, got Linear"),
-    ],
-)
-def test_bad_arguments_for_a_trainer(
-    arguments: dict[str, Any], error: type[Exception], text: str, tmp_path: Path
-) -> None:
-    make: Callable[[], Any] = lambda: trainer_of(Trainer, "llama", adapted(llama()), tmp_path)  # noqa: E731
-    given = {"trainer": arguments["trainer"] if "trainer" in arguments else make(), "samples": SAMPLES} | arguments
-    with pytest.raises(error, match=text):
-        hra_fx.add_distance_to_base(**given)
+    ):
+        with pytest.raises(error, match=text):
+            hra_fx.add_distance_to_base(**{"trainer": trainer, "samples": SAMPLES} | arguments)
