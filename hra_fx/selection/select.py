@@ -74,7 +74,7 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
     if not chosen:
         raise SelectionError(_no_match(model, config, modules))
     _check_types(chosen, modules)
-    _check_saved(config, chosen, modules)
+    _check_saved(chosen, saved_modules(model, config, modules), config, modules)
     _warn_unmatched(model, config, modules)
     return chosen
 
@@ -115,9 +115,12 @@ def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None
     return targets if isinstance(targets, str) else set(targets)
 
 
-def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+def saved_modules(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """Every path that ends with an entry of `config.modules_to_save`, with or without a dot before it -> module."""
-    return _saved(config, walk(model)) if config.modules_to_save else {}
+    if not config.modules_to_save:
+        return {}
+    names, modules = tuple(config.modules_to_save), walk(model) if modules is None else modules
+    return {path: module for path, module in modules.items() if path.endswith(names)}
 
 
 def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
@@ -159,11 +162,6 @@ def once(modules: Modules) -> Modules:
     for path, module in modules.items():
         paths.setdefault(module, path)
     return {path: module for module, path in paths.items()}
-
-
-def _saved(config: HRAConfig, modules: Modules) -> dict[str, nn.Module]:
-    names = tuple(config.modules_to_save or ())
-    return {path: module for path, module in modules.items() if names and path.endswith(names)}
 
 
 def _matches(names: Collection[str] | str, path: str) -> bool:
@@ -239,8 +237,7 @@ def _adaptable_in(modules: Modules) -> list[str]:
 # ---- error messages ----
 
 
-def _check_saved(config: HRAConfig, chosen: Modules, modules: Modules) -> None:
-    saved = _saved(config, modules)
+def _check_saved(chosen: Modules, saved: Modules, config: HRAConfig, modules: Modules) -> None:
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in saved):
             hint = suggestion([name], list(modules))

@@ -27,59 +27,27 @@ from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
 from hra_fx.selection.origin import DEFAULT_TARGETS
 from hra_fx.selection.select import select
 
-Case = tuple[Callable[[], nn.Module], dict[str, Any], str]
-
-
-MESSAGES: list[Case] = [
-    (
-        tiny_bert,
-        {"target_modules": ["qeury"]},
-        "`target_modules=['qeury']` matches no module of BertForSequenceClassification. Did you mean 'query'?",
-    ),
+#: Model, fields of the configuration, and a part of the error.
+MESSAGES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
+    (tiny_bert, {"target_modules": ["qeury"]}, "`target_modules=['qeury']` matches no module of BertForSequenceClassi"),
+    (tiny_bert, {"target_modules": ["qeury"]}, "Did you mean 'query'?"),
     (tiny_bert, {"target_modules": "qeury"}, "Did you mean ['query']?"),
-    (
-        tiny_bert,
-        {"target_modules": "query"},
-        "A str must match the full path as a regex. Did you mean ['query']?",
-    ),
-    (
-        tiny_bert,
-        {"target_modules": [".*(k|v)"]},
-        "Available names: 'query', 'key', 'value', 'dense', 'classifier'. A list contains names or ends of paths, not",
-    ),
+    (tiny_bert, {"target_modules": "query"}, "A str must match the full path as a regex. Did you mean ['query']?"),
+    (tiny_bert, {"target_modules": [".*(k|v)"]}, "Available names: 'query', 'key', 'value', 'dense', 'classifier'. A"),
     (
         tiny_bert,
         {"target_modules": []},
-        "`target_modules=[]` is empty. The layers of BertForSequenceClassification are called",
+        "`target_modules=[]` is empty. The layers of BertForSequenceClassification",
     ),
     (Nested, {}, "must be set: there is no default for Nested, which has no `config.model_type`. Its layers are"),
     (tiny_vit, {}, "`target_modules` must be set: there is no default for model_type 'vit'. Its layers are"),
-    (
-        nn.ReLU,
-        {"target_modules": ["q"]},
-        "ReLU has no layer that can be adapted. Supported layers: nn.Linear, quantized",
-    ),
-    (
-        tiny_opt,
-        {"layers_to_transform": [7]},
-        "self_attn.v_proj and 5 more, but none is left after layers_to_transform=[7].",
-    ),
-    (
-        Nested,
-        {"target_modules": ["head"], "exclude_modules": "he.*"},
-        "['head']` matches head, but none is left after exclude_modules='he.*'.",
-    ),
-    (
-        tiny_bert,
-        {"target_modules": ["attention"]},
-        "matches bert.encoder.layer.0.attention (BertAttention), bert.encoder.layer.1.attention (BertAttention), but",
-    ),
+    (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer that can be adapted. Supported layers: nn.Linear, quant"),
+    (tiny_opt, {"layers_to_transform": [7]}, "v_proj and 5 more, but none is left after layers_to_transform=[7]."),
+    (Nested, {"target_modules": ["head"], "exclude_modules": "he.*"}, "none is left after exclude_modules='he.*'."),
+    (tiny_bert, {"target_modules": ["attention"]}, "bert.encoder.layer.1.attention (BertAttention), but only nn.Lin"),
+    (tiny_bert, {"target_modules": ["attention"]}, "in them: bert.encoder.layer.0.attention.self.query, bert"),
     (Nested, {"target_modules": ["embed"]}, "matches embed (Embedding), but only nn.Linear"),
-    (
-        tiny_bert,
-        {"modules_to_save": ["clasifier"]},
-        "`modules_to_save`: there is no module 'clasifier'. Did you mean 'classifier'?",
-    ),
+    (tiny_bert, {"modules_to_save": ["clasifier"]}, "there is no module 'clasifier'. Did you mean 'classifier'?"),
     (
         Nested,
         {"target_modules": ["sub_head"], "modules_to_save": ["head"]},
