@@ -126,6 +126,26 @@ def frames(model: nn.Module) -> tuple[float, float]:
     return inside / len(layers), outside / len(layers)
 
 
+def calls_and_files() -> tuple[int, int]:
+    """The calls of Python functions of hra_fx in a forward of two Linear layers with gradients, and their files."""
+    made = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = hra_fx.transform(made, hra_fx.HRAConfig(r=RANK, target_modules=["0", "1"]))
+    files: list[str] = []
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(_OURS):
+            files.append(frame.f_code.co_filename)
+
+    x = torch.ones(4, 8)
+    model(x)
+    sys.setprofile(count)
+    try:
+        model(x)
+    finally:
+        sys.setprofile(None)
+    return len(files), len(set(files))
+
+
 def added(made: dict[str, Any], rounds: dict[str, int]) -> Iterator[tuple[str, dict[str, float]]]:
     """For each kind of work: what each method adds to the host time of the base model, relative to PEFT's LoRA.
 
@@ -175,6 +195,8 @@ def main() -> None:
         print(f"{what:<26}" + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
     inside, outside = frames(made[OURS].train())
     print(f"frames of hra_fx per layer: {inside:.1f} in the layer, {outside:.1f} in the batch")
+    calls, files = calls_and_files()
+    print(f"a forward of two layers: {calls} calls of functions of hra_fx, in {files} files")
     transformed, loaded = walks_of_transform_and_load()
     print(f"walks over the modules: {transformed} in transform, {loaded} in load_adapter")
 
