@@ -57,22 +57,16 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _stack(node: fx.Node) -> list[tuple[str, str]]:
-    """The calls around a node, outermost first: (name of the call, qualified name of the module)."""
-    entries = node.meta.get("nn_module_stack") or {}
-    paths = [(str(call), normalize_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
-    return [(path + "".join(re.findall(r"@\d+$", call)), path) for call, path in paths if path]
-
-
 def _place(node: fx.Node, layers: Sequence[str]) -> tuple[str, ...]:
     """The calls of the modules around a node, which computes some adapted layers."""
-    stack = _stack(node)
-    owner = stack[-1][1] if stack else ""
+    entries = node.meta.get("nn_module_stack") or {}
+    paths = [(str(call), normalize_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
+    calls = {path: path + "".join(re.findall(r"@\d+$", call)) for call, path in paths if path}
+    owner = list(calls)[-1] if calls else ""
     if layers and node.op == "get_attr":
         owner = _parent(layers[0])
     elif node.op == "call_module":
         owner = _parent(str(node.target))
-    calls = {path: call for call, path in stack}
     return tuple(calls.get(prefix, prefix) for prefix in prefixes(owner))
 
 
