@@ -183,10 +183,6 @@ TRACES: dict[str, tuple[type[nn.Module], str]] = {
     ),
     "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0]), Two), "not 'Proxy'"),
     "tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0), Two), "it creates a tensor in Python"),
-    "lookup": (
-        middle(lambda self, hidden: hidden * {torch.float64: 2.0}.get(hidden.dtype, 1.0), Two),
-        "its output differs for",
-    ),
     "attribute": (middle(counted, Two), "its forward changes calls"),
     "hooks": (Hooked, "first: it has hooks"),
     "no arguments": (NoArguments, "its forward does not have a required argument"),
