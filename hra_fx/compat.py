@@ -50,16 +50,12 @@ def require(feature: str) -> None:
     """Raise `AdapterError` if the installed release of a library is too old for a feature in `NEWER`."""
     library, release, instead = NEWER[feature]
     installed = version(library)
-    if _numbers(installed) < _numbers(release):
+    first, wanted = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (installed, release))
+    if first < wanted:
         raise AdapterError(
             f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
             f"pip install '{library}>={release}'. {instead}"
         )
-
-
-def _numbers(release: str) -> list[int]:
-    """The first two numbers: they order releases."""
-    return [int(number) for number in re.findall(r"\d+", release)[:2]]
 
 
 # --- what is active during a call; looked up once here, because every forward uses it ---------------------------------
@@ -144,14 +140,9 @@ def forward_hooks(module: nn.Module) -> list[Any]:
 HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """The modules that have registered hooks."""
-    return {part for part in modules if any(HOOKS(part))}
-
-
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module."""
-    return bool(with_own_hooks([module]))
+    return any(HOOKS(module))
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

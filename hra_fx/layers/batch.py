@@ -173,7 +173,7 @@ def _owners(layers: Iterable[nn.Module]) -> list[tuple[HouseholderAdapters, nn.M
     acting = [(own, layer) for own, layer in places if own is not None and own.reflects_input and own.active]
     if torch.compiler.is_compiling():
         return acting
-    hooked = compat.with_own_hooks([own for own, _ in acting])
+    hooked = {own for own, _ in acting if any(compat.HOOKS(own))}
     free = [own not in hooked and ("forward" not in vars(own) or calls_class_forward(own)) for own, _ in acting]
     return [pair for pair, is_free in zip(acting, free, strict=True) if is_free]
 
