@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.api.peft_model import as_hra_model, check_names
-from hra_fx.api.peft_wrapper import TakenOver
+from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional.chain import to_pairs
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
-from hra_fx.layers.class_swap import swap
 from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_layer
 from hra_fx.model.remove import remove_adapters
 from hra_fx.model.setup import checked, put_adapter
@@ -81,10 +80,7 @@ def from_peft(model: nn.Module) -> Any:
         adapted.set_requires_grad(name, is_trained)
     if disabled:
         adapted.disable_adapter_layers()
-    inside = set(root.modules())
-    for module in model.modules():
-        if is_of_peft(module) and module not in inside:
-            swap(module, TakenOver)
+    hand_over(model, root)
     _train_pairs(root, configs)
     return adapted
 

@@ -11,7 +11,8 @@ from torch import nn
 from hra_fx.api.peft_model import HRAModel
 from hra_fx.checkpoint.folder import PREFIX
 from hra_fx.errors import AdapterError
-from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.class_swap import SwapMixin, swap
+from hra_fx.layers.peft_layers import is_of_peft
 
 
 class TakenOver(SwapMixin):
@@ -62,3 +63,11 @@ def _adapted_base(wrapper: TakenOver, name: str) -> Any:
             f"{type(base).__name__}: the result of hra_fx.fold, or get_base_model()."
         )
     return base
+
+
+def hand_over(model: nn.Module, root: nn.Module) -> None:
+    """Make PEFT's wrappers around `root` in `model` use the methods of `root`."""
+    inside = set(root.modules())
+    for module in model.modules():
+        if is_of_peft(module) and module not in inside:
+            swap(module, TakenOver)
