@@ -37,7 +37,9 @@ class AdaptedLayer(SwapMixin):
         """
         if is_dtensor(param) and not is_dtensor(self._parameters.get(name)):
             raise UnsupportedLayerError(f"{self.hra_u.layer_path}: {SPLIT}.")
-        if name == self.hra_u.weight_name and RUNNING.run is not None:
+        # FSDP1 restores its own parameters after the forward of a block.
+        is_new = RUNNING.run is not None and not getattr(param, "_fsdp_flattened", False)
+        if name == self.hra_u.weight_name and is_new:
             raise AdapterError(
                 f"{self.hra_u.layer_path}: the forward of the model sets its {name}, which is W Q then. Leave the "
                 "layer out with exclude_modules, or set the weight outside of the forward."

@@ -129,7 +129,8 @@ def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: M
             dtype = products_dtype(tensors[0].device, dtype)
         versions = compat.tensor_versions(tensors)
         factors = batched_factors(tensors, group.forms, dtype)
-        watched: list[Any] = list(zip(group.holders, group.names, tensors, versions, strict=True))
+        addresses = map(Tensor.data_ptr, tensors)
+        watched: list[Any] = list(zip(group.holders, group.names, tensors, versions, addresses, strict=True))
         size = len(group.owners)
         for index, owner in enumerate(group.owners):
             others = watched[index + size :: size] if len(group.forms) > 1 else _NOTHING

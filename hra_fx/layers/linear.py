@@ -66,7 +66,7 @@ class AdaptedLinear(AdaptedLayer):
             found = None if run is None else run.prepared.get(adapters)
             # The usual case of `factors_for`, here because a call takes as long as a small operator.
             if run is not None and found is not None:
-                rows, down, holder, name, vectors, version, others = found
+                rows, down, holder, name, vectors, version, address, others = found
                 if (
                     run.changes == Changes.count
                     and run.has_graph is torch.is_grad_enabled()
@@ -75,6 +75,7 @@ class AdaptedLinear(AdaptedLayer):
                     and not others
                     and version >= 0  # a tensor of inference mode has no version
                     and compat.VERSION(vectors) == version
+                    and vectors.data_ptr() == address
                     and not compat.is_dispatch_mode_active()
                 ):
                     return linear(input, (rows, down), weight, bias)

@@ -30,7 +30,7 @@ def reads_weights(cls: type[nn.Module]) -> bool:
 
 def needs_parameters(cls: type[nn.Module]) -> bool:
     """Whether the code of a class needs the parameters of its layers."""
-    return cls.__name__.endswith(_NEED_PARAMETERS)
+    return cls.__module__.startswith("transformers.") and cls.__name__.endswith(_NEED_PARAMETERS)
 
 
 def writes_data(cls: type[nn.Module]) -> bool:

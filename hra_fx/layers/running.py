@@ -20,8 +20,8 @@ from hra_fx.functional.householder import products_dtype
 from hra_fx.kernels.factors import Factors
 
 #: The factors of a layer, `R` and `F`, and the parameter that they were computed from: where the container has it, its
-#: name, the parameter, and its version at that time. The last entry has the same facts of other adapters of the layer.
-Prepared: TypeAlias = tuple[Tensor, Tensor, dict[str, Any], str, Tensor, int, list[Any]]
+#: name, the parameter, and its version and address at that time. The last entry has the same facts of other adapters.
+Prepared: TypeAlias = tuple[Tensor, Tensor, dict[str, Any], str, Tensor, int, int, list[Any]]
 
 
 class Changes:
@@ -88,7 +88,9 @@ def factors_for(adapters: Any, x: Tensor) -> Factors | None:
         rows, down, has_graph = adapters.traced
         if has_graph or not torch.is_grad_enabled():
             return rows.to(dtype), down.to(dtype)
-    own: Factors | None = adapters(dtype=dtype)
+    # torch.jit.trace orders the results of a module at random, and compares two traces.
+    call = adapters.factors if compat.is_torchscript_tracing() else adapters
+    own: Factors | None = call(dtype=dtype)
     return own
 
 
@@ -100,8 +102,10 @@ def prepared_factors(adapters: Any, x: Tensor) -> Factors | None:
     if (torch.is_grad_enabled() and not run.has_graph) or compat.is_dispatch_mode_active():
         return None
     rows, down, *first, others = found
-    for holder, name, tensor, version in [cast(Any, first), *others]:
-        if holder.get(name) is not tensor or (version >= 0 and compat.VERSION(tensor) != version):
+    for holder, name, tensor, version, address in [cast(Any, first), *others]:
+        if holder.get(name) is not tensor or tensor.data_ptr() != address:
+            return None
+        if version >= 0 and compat.VERSION(tensor) != version:
             return None
     if rows.dtype is x.dtype:
         return rows, down

@@ -173,6 +173,12 @@ def test_vectors_that_change_in_a_forward_count_from_then_on(grad: bool) -> None
         assert all(relative_error(own.grad, right) < 1e-9 for own, right in zip(vectors, gradients, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")  # a size
+def test_torchscript() -> None:
+    base, model = adapted()
+    assert_right(base, model, torch.jit.trace(model, X)(X))
+
+
 def test_nested_tensors() -> None:
     _, model = adapted()
     rows = [normal(3, 2, 12), normal(4, 5, 12)]
