@@ -25,7 +25,7 @@ class TakenOver(SwapMixin):
         """Replace the attributes that PEFT's classes define, and keep the signature of `forward`."""
         theirs = [part for part in base.__mro__ if part.__module__.startswith("peft.")]
         names = {"active_adapter", "peft_config"}.union(*map(vars, theirs))
-        wrapped = {name: _OfBase(name) for name in names if not name.startswith("_") and name not in vars(cls)}
+        wrapped = {name: _of_base(base, name) for name in names if not name.startswith("_") and name not in vars(cls)}
 
         @functools.wraps(base.forward)
         def forward(self: TakenOver, *args: Any, **kwargs: Any) -> Any:
@@ -51,14 +51,20 @@ class TakenOver(SwapMixin):
         return self.get_base_model().load_state_dict(own, *args, **kwargs)
 
 
-class _OfBase:
-    """An attribute of the base model. Unlike a property, it can be replaced: FSDP2 wraps `generate` of an object."""
+class _MethodOfBase:
+    """A method of the base model. Unlike a property, it can be replaced: FSDP2 wraps `generate` of an object."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __get__(self, wrapper: TakenOver | None, owner: type) -> Any:
         return self if wrapper is None else getattr(_adapted_base(wrapper, self.name), self.name)
+
+
+def _of_base(base: type[nn.Module], name: str) -> Any:
+    if callable(getattr(base, name, None)):
+        return _MethodOfBase(name)
+    return property(lambda self: getattr(_adapted_base(self, name), name))
 
 
 def _adapted_base(wrapper: TakenOver, name: str) -> Any:
