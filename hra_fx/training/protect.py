@@ -82,14 +82,15 @@ def protect(
 
     Args:
         model: a transformed model, wrapped or not. For a model of PEFT, call `hra_fx.from_peft` first.
-        samples: an iterable of batches, such as a DataLoader. A batch is what the model takes: a mapping of keyword
-            arguments, a tuple or list of positional arguments, or a tensor. Padding that an `attention_mask` hides is
-            left out. None: texts that the model writes itself (`hra_fx.own_texts`).
+        samples: an iterable of batches, such as a DataLoader; of rows of a tokenized dataset; or of texts. A batch is
+            what the model takes: a mapping of keyword arguments, a tuple or list of positional arguments, or a tensor.
+            Padding that an `attention_mask` in a mapping hides is left out. None: texts that the model writes itself
+            (`hra_fx.own_texts`).
         directions: the number of new directions in each layer. With those of `previous`, at most half of the width of
             its inputs.
         previous: what a call returned for layers of this model, or its `directions`. They are protected too, and the
             new ones are orthogonal to them.
-        tokenizer: the model's tokenizer, for the texts that a chat model writes.
+        tokenizer: the model's tokenizer, for texts.
 
     Returns:
         The directions of the layers that the samples reached, and of those in `previous`.
@@ -119,7 +120,7 @@ def protect(
         samples = own_texts(model, tokenizer=tokenizer)
     most = directions + max((basis.shape[-1] for basis in earlier.values()), default=0)
     inner = unwrap(model)
-    found = sketches_of(inner, layers, calls_of(inner, samples), most)
+    found = sketches_of(inner, layers, calls_of(inner, samples, tokenizer), most)
     if bad := next((path for path, sketch in found.items() if not sketch.energy.isfinite()), None):
         raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
     if unseen := [path for path in layers if path not in found]:

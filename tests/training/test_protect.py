@@ -258,7 +258,7 @@ def test_what_cannot_be_protected_is_refused_and_nothing_is_changed() -> None:
         ([x], 0, ConfigError, r"`directions` must be a positive int, got 0"),
         ([7], 2, AdapterError, r"^a sample must be a tensor, .* got int\."),
         (model, 2, AdapterError, r"^`samples` is a model\. Since 0\.5, protect takes no optimizer"),
-        ([{"input_ids": [1, 2]}], 2, AdapterError, r"^`input_ids` of a sample must be a tensor of shape \(batch, len"),
+        (["text"], 2, AdapterError, r"`samples` contains texts, so pass tokenizer="),
         (7, 2, AdapterError, r"`samples` must be an iterable of batches, .* got int"),
         (x, 2, AdapterError, r"`samples` must be an iterable of batches, such as a list, got Tensor"),
         ([torch.randn(2, 7)], 2, RuntimeError, "shapes cannot be multiplied"),  # from the model

@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 import hra_fx
 from hra_fx.errors import AdapterError
 
+NAMES = ["input_ids", "attention_mask"]
 TEXTS = [[5, 9, 2], [7, 7], [4, 11, 8]]
 LINEAR = {"target_modules": "all-linear"}
 #: name -> (model, fields of its configuration)
@@ -91,18 +92,31 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w3")
 
 
-def test_samples_are_batches_of_any_kind() -> None:
+def test_samples_are_batches_a_loader_rows_of_a_dataset_or_texts() -> None:
     model = adapted(llama().to(F64), **LINEAR)
     texts = [" ".join(f"w{number}" for number in row) for row in TEXTS]
     wanted = kept(model, [torch.tensor([row]) for row in TEXTS])
-    rows, collate = [{"input_ids": row} for row in TEXTS], DataCollatorWithPadding(tokenizer())
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row), "label": 1, "text": text, "length": [len(row)]}
+            for row, text in zip(TEXTS, texts, strict=True)]  # fmt: skip
+    encoded = tokenizer()(texts)
+    collate = DataCollatorWithPadding(tokenizer())
+    few = [{"input_ids": row} for row in TEXTS]
     for samples in (
+        [*rows, {**rows[0], "input_ids": [], "attention_mask": []}],
+        iter(rows),
+        [{"input_ids": torch.tensor(row)} for row in TEXTS],
         [(torch.tensor([row]),) for row in TEXTS],
         [padded(TEXTS, "right")],  # the mask is the second argument
+        [{name: value.numpy() for name, value in zip(NAMES, padded(TEXTS, "right"), strict=True)}],
         [tokenizer()(texts, padding=True, return_tensors="pt")],
-        DataLoader(rows, batch_size=2, collate_fn=collate),  # type: ignore[arg-type]
+        DataLoader(few, batch_size=2, collate_fn=collate),  # type: ignore[arg-type]
     ):
         same(kept(model, samples), wanted)
+    same(kept(model, texts, tokenizer=tokenizer()), wanted)
+    with pytest.raises(AdapterError, match=r"`input_ids` of a row must be one list of tokens, got shape \(2, 2\)"):
+        kept(model, [{"input_ids": [[1, 2], [3, 4]]}])
+    with pytest.raises(AdapterError, match=r"such as a list, got BatchEncoding"):
+        kept(model, encoded)
 
 
 def test_labels_of_images_are_ignored_and_without_samples_the_model_writes_texts() -> None:
