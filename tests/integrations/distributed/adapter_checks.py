@@ -227,7 +227,7 @@ def without_memory(rank: int, folder: Path) -> None:
     with_weights(model, case, rank, broadcast=False)
     assert output(model, case).isnan().all(), "vectors that nothing has filled"
     model = with_weights(on_meta(COPIES, "FSDP2, parts"), COPIES, rank, broadcast=False)
-    with pytest.raises(AdapterError, match=r"the base model's values are NaN, because .* set_model_state_dict"):
+    with pytest.raises(AdapterError, match=r"the base model's values are NaN, because set_model_state_dict"):
         hra_fx.reset_adapters(model)
 
 
