@@ -200,7 +200,7 @@ class HRAConfig:
             hub: passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
 
         Raises:
-            CheckpointError: there is no such folder, and it cannot be downloaded.
+            CheckpointError: the folder does not exist, and it cannot be downloaded.
             ConfigError: the file is missing, does not contain a JSON object, or has a wrong value. The message names
                 the file.
             TypeError: an unknown keyword argument.

@@ -112,7 +112,7 @@ def _remove(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> lis
 
 
 def _restore(root: nn.Module, state: AdapterState, layers: Iterable[AdaptedLayer]) -> None:
-    """Restore the classes of layers without adapters; if there are no adapters, those of all modules, and all flags."""
+    """Restore the classes of layers without adapters; without any adapter, those of all modules, and all flags."""
     for layer in layers:
         make_plain(layer)
     if not state.configs:
