@@ -46,7 +46,7 @@ def _other_value(index: int, value: Tensor, by_rows: bool) -> Tensor:
         first.copy_(~first if value.dtype is torch.bool else torch.zeros_like(first))
         return value
     if value.is_floating_point() or value.is_complex():
-        return value.flip(tuple(range(value.dim()))) * 0.9 ** (index + 1)  # inputs that are equal are no longer equal
+        return value.flip(tuple(range(value.dim()))) * 0.9 ** (index + 1)  # makes equal inputs different
     return value.roll(1, 0) if by_rows and value.dim() else value.flatten().roll(1).view(value.shape)
 
 
