@@ -6,14 +6,13 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.base_model import BaseRow, first_row, read_base_row
 from hra_fx.checkpoint.folder import PREFIX, WEIGHTS_NAME, copy_key, find, read, reflection_key
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
@@ -28,25 +27,20 @@ from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import saved_modules, select, without_unmatched
 from hra_fx.selection.suggestions import some_of
 
-#: The key in files of 0.4 of vectors before Gram-Schmidt; their orthonormal chain is in the file too, and is exact.
-_VECTORS_OF_0_4 = ".hra_vectors"
-#: Keys that PEFT writes but does not read: with bias="all", each bias of a module in `modules_to_save` once more.
-_UNREAD = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
+#: Keys that PEFT writes but does not read: with bias="all", each bias of a module in `modules_to_save` once more; and
+#: those of 0.4 of vectors that are in the file a second time.
+_UNREAD = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$|\.hra_vectors$")
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The content of an adapter's two files.
-
-    `tensors` have PEFT's prefix, and `base_row` is `None` in PEFT's files.
-    """
+    """The content of an adapter's two files. `tensors` have the keys of the file, with PEFT's prefix."""
 
     file: Path
     config: HRAConfig
-    tensors: Mapping[str, Tensor]
-    base_row: BaseRow | None
+    tensors: dict[str, Tensor]
 
     @cached_property
     def chains(self) -> dict[str, Tensor]:
@@ -74,24 +68,17 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     """
     folder = find(source)
     file = folder / WEIGHTS_NAME
-    stored, metadata = read(file)
+    stored = read(file)
     own = HRAConfig.from_pretrained(folder) if config is None else config
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
-    # Some writers leave out PEFT's prefix.
-    tensors = {
-        key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key]
-        for key in keys
-        if not key.endswith(_VECTORS_OF_0_4)
-    }
-    for key, vectors in tensors.items():
-        what = ""
-        if key.endswith(f".{REFLECTION}") and not vectors.is_floating_point():
-            what = f"has dtype {str(vectors.dtype).removeprefix('torch.')}, but vectors are floating-point numbers"
-        elif key.endswith(f".{REFLECTION}") and vectors.dim() > 1 and not vectors.double().ne(0).any(-2).all():
-            what = "has a vector of zeros, which has no direction to reflect"
-        if what:
-            raise CheckpointError(f"{file}: {key} {what}. The file is damaged: save or download the adapter again.")
-    return Adapter(file, own, tensors, read_base_row(metadata))
+    for key in keys:
+        is_chain = key.endswith(f".{REFLECTION}") and stored[key].dim() > 1
+        if is_chain and not stored[key].double().ne(0).any(-2).all():
+            raise CheckpointError(
+                f"{file}: {key} has a vector of zeros, which has no direction to reflect. The file is damaged: save or "
+                "download the adapter again."
+            )
+    return Adapter(file, own, {key: stored[key] for key in keys})
 
 
 @dataclass(frozen=True)
@@ -142,7 +129,6 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     for key, expected in shapes.items():
         if (shape := tuple(adapter.tensors[key].shape)) != expected:
             raise CheckpointError(f"{adapter.file}: {key} must have shape {expected}, got {shape}. {_OTHER_BASE}")
-    _check_base(adapter, model, layers)
     vectors = {path: adapter.tensors[reflection_key(path)] for path in layers}
     values = {place: adapter.tensors[key] for place, (key, _) in copies.items()}
     return Fitted(layers, config, vectors, values)
@@ -184,25 +170,3 @@ def _is_embedding(model: nn.Module, key: str) -> bool:
     path, _, entry = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
     owner = dict(state_modules(model, remove_duplicate=False)).get(path)
     return entry == "weight" and (isinstance(owner, nn.Embedding) or path.rpartition(".")[2] == "lm_head")
-
-
-def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that the adapter is not folded into the model, and warn about another base model, if a row can tell."""
-    row = adapter.base_row
-    found = None if row is None or row.path not in layers else first_row(layers[row.path])
-    if row is None or found is None:
-        return
-    chain = chain_of(GRAM_SCHMIDT * adapter.config.apply_GS, adapter.tensors[reflection_key(row.path)])
-    state = row.compare(found, chain)
-    if state == "folded":
-        raise CheckpointError(
-            f"This {type(model).__name__} already contains the adapter {adapter.file} or a very similar one, folded "
-            f"into its weights (seen in {row.path}). Use the base model that the adapter was trained on."
-        )
-    if state == "other":
-        name = adapter.config.base_model_name_or_path
-        text = (
-            f"{adapter.file}: the weight of {row.path} differs from that of the base model that the adapter was "
-            f"trained on{f' ({name})' if name else ''}. Load it into that model, without other adapters folded into it."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=4)

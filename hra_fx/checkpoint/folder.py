@@ -6,16 +6,14 @@ Source of the layout: PEFT 0.21, `PeftModel.save_pretrained`: `adapter_config.js
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hra_fx.atomic_write import Content, temporary_file
@@ -60,30 +58,21 @@ def _suggestion(root: Path, folder: Path) -> str:
     return f"There are adapters in the subfolders {some_of(paths, _MAX_LISTED)}: pass the path of one of them."
 
 
-def write(
-    directory: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
+def write(directory: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter into `directory`, which is created if needed.
 
     Both files are written to disk with temporary names and then renamed, so an error while writing, such as a full
     disk, leaves an old adapter unchanged. If the process is killed between the two renames, the folder contains the new
     configuration and the old weights.
     """
-    folder = output_folder(directory)
-    data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
+    folder = Path(directory)
+    data = _serialize(folder / WEIGHTS_NAME, tensors)
     write_files(folder, {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: data})
 
 
-def output_folder(directory: str | os.PathLike[str]) -> Path:
-    """The path of a folder to write to. An empty path would be the current folder."""
-    if not os.fspath(directory):
-        raise CheckpointError("the path of the folder is empty (''). Pass the folder to write, or '.' for this one.")
-    return Path(directory)
-
-
-def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_weights(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
     """Write one safetensors file like `write`."""
-    write_files(path.parent, {path.name: _serialize(path, tensors, metadata)})
+    write_files(path.parent, {path.name: _serialize(path, tensors, **metadata)})
 
 
 def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
@@ -101,56 +90,26 @@ def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
         ) from error
 
 
-def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    plain: dict[str, Tensor] = {}
+def _serialize(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> bytes:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
-        _check_finite(
-            path, key, tensor.detach(), "Nothing was written. Save a state from before the training diverged."
-        )
-        # safetensors does not accept shared memory.
-        plain[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    data = save(plain, {**metadata, "format": "pt"})
-    # Sort the metadata. safetensors writes it in random order, so hashes would differ.
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data[end:]
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {key!r} is not finite. Save a state from before the training diverged.")
+    # safetensors does not accept shared memory.
+    plain = {key: one.detach().cpu().clone(memory_format=torch.contiguous_format) for key, one in tensors.items()}
+    return save(plain, {**metadata, "format": "pt"})
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file, copied to CPU memory, and its metadata."""
+def read(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, copied to CPU memory."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            # Clone the tensors. Otherwise they would keep the file mapped and change with it.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
+        # From bytes. Otherwise the tensors would keep the file mapped and change with it.
+        return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: truncated, damaged, or not a safetensors file ({error}). Save or download it again."
         ) from error
-    for key, tensor in tensors.items():
-        _check_finite(path, key, tensor, "Use a file from before the training diverged.")
-    return tensors, metadata
-
-
-def _check_finite(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
-    if count := non_finite(tensor):
-        raise CheckpointError(
-            f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. {remedy}"
-        )
-
-
-def non_finite(tensor: Tensor) -> int:
-    """Count the values that are infinite or NaN, for a tensor of any dtype."""
-    if not tensor.is_floating_point():
-        return 0
-    # isfinite is not implemented for every 8-bit float.
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return int(wide.isfinite().logical_not().sum())
 
 
 def reflection_key(path: str) -> str:

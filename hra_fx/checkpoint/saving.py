@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,14 +15,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
 from hra_fx.checkpoint.folder import (
     PREFIX,
     adapter_entries,
     copy_entry,
     copy_key,
     kept_entry,
-    output_folder,
     reflection_key,
     vectors_entry,
     write,
@@ -31,14 +28,15 @@ from hra_fx.checkpoint.folder import (
     write_weights,
 )
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.functional.chain import KEPT, chain_of, vectors_of
+from hra_fx.errors import AdapterError
+from hra_fx.functional.chain import KEPT, vectors_of
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.model.whole import check_whole
+from hra_fx.selection.origin import origin_of
 from hra_fx.selection.select import resolve_targets, targeted
 from hra_fx.version import VERSION
 
@@ -65,8 +63,8 @@ model = hra_fx.load_adapter(base, "{place}"{option})
 ```
 """
 
-#: Configuration, tensors and metadata of an adapter's two files.
-_Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
+#: The configuration and the tensors of an adapter's two files.
+_Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor]]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
@@ -76,10 +74,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     saved with its own rank, but PEFT's HRA has a single rank and raises an error (size mismatch). For PEFT,
     call `save_as_lora`.
 
-    The file's metadata contains one row of a base weight. With this row, `load_adapter` and other functions detect a
-    base model that already contains the adapter. Both files are written atomically. The adapter is saved with its
-    trained copies of `modules_to_save` and biases. At a scale other than 1 (see `set_scale`), the file has the scaled
-    adapter as plain reflections, so the loaded adapter has scale 1 and the same outputs, also in PEFT.
+    Both files are written atomically. The adapter is saved with its trained copies of `modules_to_save` and biases. At
+    a scale other than 1 (see `set_scale`), the file has the scaled adapter as plain reflections, so the loaded adapter
+    has scale 1 and the same outputs, also in PEFT.
 
     With DDP, one process calls this function. With `fully_shard`, all processes must call it: they gather the vectors,
     and the first process writes.
@@ -111,8 +108,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             f"{list(record.active)} active."
         )
     name = names_in(record, candidates if adapter_name is None else adapter_name)[0]
-    config, tensors, metadata = _contents(root, record, name, _state_of(root))
-    on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
+    config, tensors = _contents(root, record, name, _state_of(root))
+    on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors))
 
 
 def save_adapters(
@@ -134,7 +131,7 @@ def save_adapters(
     and no `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of
     `save_adapter`.
     """
-    (root, record), folder = root_of(model), output_folder(directory)
+    (root, record), folder = root_of(model), Path(directory)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
@@ -150,20 +147,14 @@ def save_adapters(
     entries |= {f"{PREFIX}{key}": torch.empty(0) for key in keys if f".{REFLECTION}." in key}
 
     def write_all() -> None:
-        for name, (config, tensors, metadata) in contents.items():
-            write(folder if name == "default" else folder / name, config.to_json_string(), tensors, metadata)
+        for name, (config, tensors) in contents.items():
+            write(folder if name == "default" else folder / name, config.to_json_string(), tensors)
         if entries:
-            write_weights(folder / "model.safetensors", entries, {})
+            write_weights(folder / "model.safetensors", entries)
         if not (folder / CARD_NAME).exists():
-            write_card(folder, root, {name: config for name, (config, _, _) in contents.items()})
+            write_card(folder, root, {name: config for name, (config, _) in contents.items()})
 
     on_first_rank(shards, write_all)
-    if (folder / "config.json").exists():
-        text = (
-            f"{directory}: the adapters were saved next to a full model. from_pretrained of diffusers, or of "
-            "transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=3)
 
 
 def get_peft_model_state_dict(
@@ -207,7 +198,6 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
             "and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
         )
     tensors: dict[str, Tensor] = {}
-    chains: dict[str, Tensor] = {}
     is_scaled = name in layers[sites[0]].hra_u.scales  # as in all layers
     for path in sites:
         adapters = layers[path].hra_u
@@ -217,15 +207,13 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         elif form & KEPT:
             kept = state[kept_entry(path, name)]
         tensors[reflection_key(path)] = vectors_of(form, trained, kept)
-        chains[path] = chain_of(form, trained, kept).detach()
     owners = all_copies(root)
     for path, entry in copies_of(root, name):
         key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
         tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
     if is_scaled:  # plain reflections
         config = dataclasses.replace(config, apply_GS=False)
-    row = write_base_row({path: layers[path] for path in sites}, chains)
-    return _inference_config(root, config), {key: tensor.detach() for key, tensor in tensors.items()}, row
+    return _inference_config(root, config), {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
@@ -253,6 +241,18 @@ def _inference_config(root: nn.Module, config: HRAConfig) -> HRAConfig:
         base_model_name_or_path=base_model_name(root, config),
         auto_mapping=auto_mapping(root, config),
     )
+
+
+def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
+    """PEFT's `base_model_name_or_path`: the configured name, or the name that transformers stores."""
+    return str(config.base_model_name_or_path or origin_of(root).name or "") or None
+
+
+def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
+    """PEFT's `auto_mapping`: the class of the base model, unless the task type determines it."""
+    origin = origin_of(root)
+    mapping = {"base_model_class": origin.class_name, "parent_library": origin.library}
+    return config.auto_mapping or (None if config.task_type else mapping)
 
 
 def write_card(directory: Path, root: Any, configs: Mapping[str, HRAConfig]) -> None:

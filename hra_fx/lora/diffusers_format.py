@@ -23,7 +23,6 @@ from hra_fx.model.state import collect_parts, root_of, unwrap
 from hra_fx.selection.suggestions import some_of
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
-_CONFIG_KEY = "lora_adapter_metadata"
 # diffusers recognizes the keys of a text encoder by these names, or by PEFT's names if q, k, v or out_proj are adapted.
 _TEXT_ENCODER_NAMES = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
 
@@ -53,7 +52,7 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch
                 key = key.replace(ours, theirs)
             tensors[f"{part}.{key}"] = factor
         configs |= {f"{part}.{name}": value for name, value in config.items()}
-    write_weights(folder / LORA_NAME, tensors, {_CONFIG_KEY: json.dumps(configs, indent=2, sort_keys=True)})
+    write_weights(folder / LORA_NAME, tensors, lora_adapter_metadata=json.dumps(configs, indent=2, sort_keys=True))
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:

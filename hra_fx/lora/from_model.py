@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
 from hra_fx.checkpoint.folder import PREFIX, copy_key
-from hra_fx.checkpoint.saving import layers_with
+from hra_fx.checkpoint.saving import auto_mapping, base_model_name, layers_with
 from hra_fx.compat import state_modules
 from hra_fx.errors import AdapterError
 from hra_fx.functional import low_rank

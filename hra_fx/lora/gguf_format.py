@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.folder import non_finite, write_files
+from hra_fx.checkpoint.folder import write_files
 from hra_fx.errors import AdapterError, CheckpointError, UnsupportedLayerError
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 
@@ -99,7 +99,7 @@ def _factors(layer: LoraLayer, adapter: LoraAdapter, dtype: torch.dtype) -> dict
     """The two tensors of a layer, by the suffixes of their names."""
     A, B = layer.padded(adapter.rank)
     factors = {"lora_a": A.to(dtype), "lora_b": _rows_in_order(layer, adapter, B).to(dtype)}
-    if any(non_finite(factor) for factor in factors.values()):
+    if not all(bool(factor.isfinite().all()) for factor in factors.values()):
         raise AdapterError(f"{layer.path}: its factors are out of the range of {dtype}. Use float32.")
     return factors
 

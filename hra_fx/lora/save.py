@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import output_folder, write
+from hra_fx.checkpoint.folder import write
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.functional.low_rank import rounding_error
@@ -173,7 +173,7 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
-    checked, path = _dtype(dtype), output_folder(path)
+    checked, path = _dtype(dtype), Path(path)
     file_format = "gguf" if path.suffix.lower() == ".gguf" else "peft"
     if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
@@ -199,7 +199,7 @@ def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dt
         write_gguf(adapters[""], path, dtype)
     else:
         config, tensors = peft_form(adapters[""], dtype)
-        write(path, json.dumps(config, indent=2, sort_keys=True), tensors, {})
+        write(path, json.dumps(config, indent=2, sort_keys=True), tensors)
     rows = [
         LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
         for part, adapter in adapters.items()

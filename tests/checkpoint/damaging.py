@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from adapting import config, mlp, randomise
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,18 +29,13 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / WEIGHTS_NAME)
 
 
-def metadata(folder: Path) -> dict[str, str]:
-    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
-        return dict(file.metadata())
-
-
 def with_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     """Return a function that edits the tensors in a folder; `change` edits their dict."""
 
     def damage(folder: Path) -> None:
-        tensors, kept = weights(folder), metadata(folder)
+        tensors = weights(folder)
         change(tensors)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME, kept)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
 
     return damage
 

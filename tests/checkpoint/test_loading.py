@@ -19,7 +19,6 @@ from checkpoint.damaging import (
     MODELS,
     PREFIX,
     WEIGHTS_NAME,
-    metadata,
     saved,
     weights,
     with_config,
@@ -29,7 +28,6 @@ from checkpoints import picture
 from model.many import refuses
 from oracles import dense_q, dense_weight, layer_q, relative_error
 from peft_sides import same_tensors
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -118,7 +116,6 @@ def test_several_ranks_are_loaded_and_replaced(fields: dict[str, Any], tmp_path:
     assert [row.r for row in hra_fx.report(again)] == [3, 2]
     hra_fx.save_adapter(again, tmp_path / "again")
     same_tensors(tmp_path / "again", folder, 1e-6)
-    assert metadata(tmp_path / "again") == metadata(folder)
     assert (tmp_path / "again" / CONFIG_NAME).read_bytes() == (folder / CONFIG_NAME).read_bytes()
     again = adapted(mlp(), "0", "3", r=3, rank_pattern={"3": 2}, **fields)
     held = again[0].hra_u["default"]
@@ -142,14 +139,6 @@ def test_frozen_vectors_of_0_4_are_loaded_as_plain_reflections_or_refused(tmp_pa
         model.load_state_dict({**state, "0.hra_u.default_anchor": torch.ones(6, 1)}, strict=False)
 
 
-def test_keys_without_pefts_prefix_are_accepted(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "0", r=2, modules_to_save=["3"])
-    wanted = hra_fx.load_adapter(mlp(), folder).eval()(X)
-    stored = weights(folder)
-    save_file({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, folder / WEIGHTS_NAME)
-    assert torch.equal(hra_fx.load_adapter(mlp(), folder).eval()(X), wanted)
-
-
 def test_an_adapter_that_diverged_is_not_saved(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
     model = adapted(mlp(), "0", r=2)
@@ -157,7 +146,7 @@ def test_an_adapter_that_diverged_is_not_saved(tmp_path: Path) -> None:
         model[0].hra_u["default"][1, 0] = float("inf")
     before = picture(folder)
     with pytest.raises(
-        CheckpointError, match=rf"adapter_model\.safetensors: '{PREFIX}0\.hra_u' has .* NaN\. Nothing was"
+        CheckpointError, match=rf"adapter_model\.safetensors: '{PREFIX}0\.hra_u' is not finite\. Save a state from"
     ):
         hra_fx.save_adapter(model, folder)
     assert picture(folder) == before
@@ -250,18 +239,11 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "a pointer of git-lfs": (CHAIN, written(lambda _: b"version https://git-lfs.github.com/spec/v1"), NO_FORMAT),
     # the vectors
     "width": (CHAIN, put(LAST, torch.ones(6, 4)), shape(LAST, (6, 4), (8, 4))),
-    "nan": (
-        CHAIN,
-        with_weights(lambda tensors: tensors[LAST][1, :2].fill_(float("nan"))),
-        f"'{LAST}' has 2 of 32 values that are infinite or NaN",
-    ),
     "zeros": (
         CHAIN,
         with_weights(lambda tensors: tensors[LAST][:, 1].zero_()),
         f"{LAST} has a vector of zeros, which has no direction to reflect. The file is damaged: save or download the",
     ),
-    "integers": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.int32)), f"{LAST} has dtype int32, but vectors are fl"),
-    "complex": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.complex64)), f"{LAST} has dtype complex64, but vect"),
     "many unexpected": (
         CHAIN,
         with_weights(lambda tensors: tensors.update({f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)})),
