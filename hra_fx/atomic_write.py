@@ -33,7 +33,8 @@ def temporary_file(target: Path, content: Content) -> Iterator[Path]:
             content(path)
         else:
             path.write_bytes(content)
-        flush(path)
+        with open(path, "rb") as stream:  # from the memory of the operating system to disk
+            os.fsync(stream.fileno())
         yield path
     finally:
         path.unlink(missing_ok=True)
@@ -43,9 +44,3 @@ def atomic_write(target: Path, content: Content) -> None:
     """Write a file under a temporary name, then rename it. On error the old file is unchanged."""
     with temporary_file(target, content) as new:
         os.replace(new, target)
-
-
-def flush(file: Path) -> None:
-    """Flush a file from the memory of the operating system to disk."""
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())

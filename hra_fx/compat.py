@@ -232,13 +232,6 @@ def weight_conversions() -> Any:
     return importlib.import_module(name) if find_spec(name) else None
 
 
-def ignored_when_loading(model: Any, keys: Iterable[str]) -> list[str]:
-    """The keys of files that the class of a transformers model ignores without a report, such as an `mtp` head."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    own = model.state_dict().keys()
-    return [key for key in keys if key not in own and any(re.search(pattern, key) for pattern in patterns)]
-
-
 def eager_experts(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager in which experts of transformers compute one expert after the other."""
     configs = [getattr(part, "config", None) for part in model.modules()]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
-from hra_fx.compat import ignored_when_loading
 from hra_fx.errors import CheckpointError
 
 #: A folder, or for adapters also a name on the Hub.
@@ -46,28 +45,24 @@ def build_model(path: Path) -> tuple[nn.Module, str]:
             return model.eval(), library
 
 
-def load_model(folder: Path) -> tuple[nn.Module, list[str]]:
-    """Load the model of a folder on the CPU, in the dtype of most weights; and list the keys that its class ignores."""
+def load_model(folder: Path) -> nn.Module:
+    """Load the model of a folder on the CPU, in the widest dtype of its files, whatever `config.json` says."""
     with _explained_errors(f"{folder}: cannot load the model"):
         file, entries, library = read_config(folder)
         if entries.get("quantization_config"):
             raise CheckpointError(f"{file}: the weights are quantized. Use the base model in 16 or 32 bits.")
         cls, config = _class_of(file, entries, library)
+        floats = {dtype for dtype in stored_dtypes(folder).values() if dtype.is_floating_point}
+        dtype = functools.reduce(torch.promote_types, floats or {torch.float32})
         settings: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        dtype = _dtype_of(folder)
         settings |= {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "config": config}
+        model: nn.Module
         model, found = cls.from_pretrained(folder, **settings)
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
             f"{folder}: the files have no {missing[0]}, which {type(model).__name__} needs. {IN_MEMORY}"
         )
-    unused = {*found["unexpected_keys"], *ignored_when_loading(model, stored_dtypes(folder))}
-    if unused and library == "transformers" and not entries.get("architectures"):
-        raise CheckpointError(
-            f"{file}: names no `architectures`, and {type(model).__name__} does not use {min(unused)}. Add the class "
-            f"of the model, such as LlamaForCausalLM. {IN_MEMORY}"
-        )
-    return model.eval(), sorted(unused)
+    return model.eval()
 
 
 def read_config(path: Path) -> tuple[Path, dict[str, Any], str]:
@@ -118,20 +113,10 @@ def _class_of(file: Path, entries: Mapping[str, Any], library: str) -> tuple[Any
     return cls or transformers.MODEL_MAPPING[type(config)], config
 
 
-def stored_dtypes(folder: Path) -> dict[str, tuple[Path, torch.dtype, int]]:
-    """Key -> its file, dtype and number of elements, for the safetensors files in a folder; no data is read."""
-    found = {}
-    for file in filter(lambda file: WEIGHTS.fullmatch(file.name), sorted(folder.glob("*.safetensors"))):
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118, not a dict
-                mapped = opened.get_tensor(key)
-                found[key] = file, mapped.dtype, mapped.numel()
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Key -> dtype, for the safetensors files of the model in a folder; no data is read."""
+    found: dict[str, torch.dtype] = {}
+    for file in folder.glob("*.safetensors"):
+        if WEIGHTS.fullmatch(file.name):
+            found |= {key: tensor.dtype for key, tensor in load_file(file).items()}  # mapped, not read
     return found
-
-
-def _dtype_of(folder: Path) -> torch.dtype:
-    """The floating-point dtype of most elements in the files of weights, whatever `config.json` says."""
-    counts: Counter[torch.dtype] = Counter()
-    for _, dtype, size in stored_dtypes(folder).values():
-        counts[dtype] += size * dtype.is_floating_point
-    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)

@@ -62,11 +62,10 @@ def convert(
     # Also if the user forgot OUT, so that the last adapter was parsed as OUT.
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise CheckpointError(f"{out}: already exists. The last path is the output: name a new one, or delete it.")
-    from hra_fx.api.fold_checkpoint import load_adapters, load_base
+    from hra_fx.api.fold_checkpoint import load_adapted
     from hra_fx.lora.save import save_as_lora
 
     hide_progress_bars()
-    model, _ = load_base(base)
-    names = load_adapters(model, adapters)
+    model, names = load_adapted(base, adapters)
     result = save_as_lora(model, out, names, rank=rank, dtype=dtype.value)
     show_result(result, as_json=as_json)

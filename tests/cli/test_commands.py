@@ -15,6 +15,7 @@ from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
 from diffusion_pipelines import unet
 from moe_models import TARGETS, built
+from safetensors.torch import load_file, save_file
 
 import hra_fx
 from hra_fx.removed import COMMAND_LINE
@@ -76,17 +77,15 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     shutil.copytree(shelf / "my-model", base)
-    (base / "pytorch_model.bin").write_bytes(b"pickle")
+    save_file({**load_file(base / "model.safetensors"), "mtp": torch.ones(2)}, base / "model.safetensors")
     words = ("fold", base, shelf / "my-adapter", out)
     assert mistake(*words).startswith(f"{out}: the output folder is not empty.")
     (out / "mine.txt").unlink()
     done = Answer(*words)
     assert done.code == 0
-    assert done.err.startswith(f"warning: {out}: pytorch_model.bin may contain the base model's weights.")
+    assert done.err.startswith(f"warning: {out}: has no mtp, which the class of the model does not use, or ties to")
     swapped = mistake("fold", shelf / "my-adapter", base, tmp_path / "new")
-    assert swapped.startswith(
-        f"{shelf / 'my-adapter'}/adapter_config.json: there is an adapter in the folder of the base"
-    )
+    assert swapped.startswith(f"{shelf / 'my-adapter'}/config.json: no such file. Pass the folder of a transformers")
 
 
 @pytest.mark.parametrize("word", COMMAND_LINE)
