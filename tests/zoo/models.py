@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 from zoo import torchvision_models
-from zoo.calls import CALLS
-from zoo.entry import Entry
+from zoo.calls import CALLS, Inputs
+from zoo.entry import Call, Entry
 
 _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 #: Of timm: a gigabyte in float64.
@@ -27,16 +27,8 @@ _LARGE = ("timm/vgg11",)
 
 
 def entries() -> dict[str, Entry]:
-    """Name -> entry, by library and name.
-
-    Raises:
-        ValueError: a name is used twice.
-    """
-    found: dict[str, Entry] = {}
-    for entry in (*torchvision_models.ENTRIES, *_of_timm(), *_of_hugging_face()):
-        if entry.name in found:
-            raise ValueError(f"{entry.name}: it is in the tables twice")
-        found[entry.name] = entry
+    """Name -> entry, by library and name."""
+    found = {entry.name: entry for entry in (*torchvision_models.ENTRIES, *_of_timm(), *_of_hugging_face())}
     return dict(sorted(found.items()))
 
 
@@ -85,7 +77,12 @@ def _of_hugging_face() -> Iterator[Entry]:
     """Models of transformers and diffusers."""
     for name, model, call, sizes, shared, more in _rows("models.tsv"):
         build = builder(name.partition("/")[0], model, fields(shared, **ast.literal_eval(more)))
-        yield Entry(name, build, CALLS[call], int(sizes), parameters=_EXPERTS if name.endswith("_experts") else ())
+        lengths, inputs = CALLS[call]
+
+        def called(batch: int, size: int, lengths: tuple[int, int] = lengths, inputs: Inputs = inputs) -> Call:
+            return (), inputs(batch, lengths[size])
+
+        yield Entry(name, build, called, int(sizes), parameters=_EXPERTS if name.endswith("_experts") else ())
 
 
 def _of_timm() -> Iterator[Entry]:

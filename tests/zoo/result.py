@@ -41,16 +41,11 @@ class Result:
         fine = (OK, NOT_APPLICABLE, REFUSED)
         return {name: text for name, text in self.checks.items() if not text.startswith(fine)}
 
-    @property
-    def right(self) -> bool:
-        """Whether nothing went wrong, and something was looked at."""
-        return bool(self.checks) and not self.failures
-
     def line(self) -> str:
         """One line for a terminal, and one for each trouble."""
         refused = f", {len(self.refused)} refused" if self.refused else ""
         graph = "no graph" if self.traced.startswith(REFUSED) else self.traced
-        head = f"{'ok   ' if self.right else 'WRONG'} {self.name}: {self.matched} layers{refused}, {graph}"
+        head = f"{'WRONG' if self.failures else 'ok   '} {self.name}: {self.matched} layers{refused}, {graph}"
         troubles = [f"{name}: {what}" for name, what in self.failures.items()]
         return "\n      ".join([head, *troubles])
 
@@ -65,7 +60,7 @@ def summary(results: Sequence[Result]) -> Iterator[str]:
     for name, rows in (*groups.items(), ("all", results)):
         numbers = (
             len(rows),
-            sum(not row.right for row in rows),
+            sum(bool(row.failures) for row in rows),
             sum(row.traced == BY_FX for row in rows),
             sum(row.traced == BY_EXPORT for row in rows),
             sum(row.matched for row in rows),

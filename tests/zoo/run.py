@@ -19,8 +19,6 @@ import json
 import multiprocessing as mp
 import os
 import sys
-from collections.abc import Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -37,6 +35,7 @@ from zoo.result import Result, summary
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
 RECORDS = ROOT / "docs" / "zoo.json"
+TIMEOUT = 300  # seconds for one model
 CONTEXT = mp.get_context("forkserver")
 #: What the process imports from which all models' processes are forked.
 PRELOADED = ["diffusers", "timm", "torch.export", "torchvision", "transformers", "zoo.checks", "hra_fx.api.transform"]
@@ -52,7 +51,7 @@ def work(name: str, pipe: Connection) -> None:
     pipe.send(check(named([name])[name]))
 
 
-def checked(name: str, timeout: float) -> Result:
+def checked(name: str) -> Result:
     """The result of a process of its own."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=work, args=(name, sender), daemon=True)
@@ -60,7 +59,7 @@ def checked(name: str, timeout: float) -> Result:
     sender.close()
     found = Result(name, checks={"transform": "it took too long, and was stopped"})
     try:
-        if receiver.poll(timeout):
+        if receiver.poll(TIMEOUT):
             found = receiver.recv()
             process.join(10)  # it ends by itself, and cleans up
     except EOFError:
@@ -81,45 +80,35 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def kept(file: Path, code: str) -> dict[str, Result]:
+def kept(code: str) -> dict[str, Result]:
     """Results of this version of the code from earlier runs."""
-    rows = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+    rows = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else [])
     return {row["result"]["name"]: Result(**row["result"]) for row in rows if row["code"] == code}
 
 
 def main() -> int:
-    """Run; the exit code is 1 where anything is wrong."""
+    """Run, write the records of a whole run, and print a summary; the exit code is 1 where anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="names, or shell patterns of names")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (default build/zoo/results.jsonl)")
     options = parser.parse_args()
     code, names = code_version(), list(named(options.only))
-    results = {name: one for name, one in kept(options.results, code).items() if options.resume and name in names}
-    left = [name for name in names if name not in results]
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    found = {name: one for name, one in kept(code).items() if options.resume and name in names}
+    left = [name for name in names if name not in found]
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     CONTEXT.set_forkserver_preload(PRELOADED)
-    with options.results.open("a" if options.resume else "w") as file, ThreadPool(options.jobs) as pool:
-        found = pool.imap_unordered(partial(checked, timeout=options.timeout), left)
-        for count, result in enumerate(found, 1):
-            results[result.name] = result
-            file.write(json.dumps({"code": code, "result": dataclasses.asdict(result)}) + "\n")
-            file.flush()
+    with RESULTS.open("a" if options.resume else "w") as file, ThreadPool(options.jobs) as pool:
+        for count, result in enumerate(pool.imap_unordered(checked, left), 1):
+            found[result.name] = result
+            print(json.dumps({"code": code, "result": dataclasses.asdict(result)}), file=file, flush=True)
             print(f"[{count}/{len(left)}] {result.line()}", flush=True)
-    return finish([results[name] for name in names], whole=not options.only)
-
-
-def finish(results: Sequence[Result], *, whole: bool) -> int:
-    """Write the records of a whole run, print the summary, and give the exit code."""
-    if whole:
+    results = [found[name] for name in names]
+    if not options.only:
         lines = ",\n".join(json.dumps(dataclasses.asdict(result)) for result in results)
         RECORDS.write_text(f'{{"environment": {json.dumps(versions())},\n"models": [\n{lines}\n]}}\n')
-    print("", *summary(results), sep="\n")
-    wrong = [result.name for result in results if not result.right]
-    if wrong:
-        print(f"WRONG ({len(wrong)}): {', '.join(wrong)}")
+    wrong = [result.name for result in results if result.failures]
+    print("", *summary(results), f"WRONG ({len(wrong)}): {', '.join(wrong)}" if wrong else "", sep="\n")
     return 1 if wrong else 0
 
 

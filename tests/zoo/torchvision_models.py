@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 from torchvision.models import detection, segmentation
 from zoo.entry import Call, Entry
@@ -60,54 +61,46 @@ _SMALLER: dict[tuple[str, str], Callable[..., tuple[tuple[Any, ...], dict[str, A
 }
 
 
-def _changed(helper: Callable[..., nn.Module], change: Callable[..., Any]) -> Callable[..., nn.Module]:
-    def changed(*args: Any, **kwargs: Any) -> nn.Module:
-        args, kwargs = change(*args, **kwargs)
-        return helper(*args, **kwargs)
-
-    return changed
-
-
 @contextmanager
 def _smaller() -> Iterator[None]:
     """Builders make smaller models meanwhile."""
+
+    def changed(helper: Callable[..., nn.Module], change: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
+        args, kwargs = change(*args, **kwargs)
+        return helper(*args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         for (file, name), change in _SMALLER.items():
             module = importlib.import_module(f"torchvision.models.{file}")
-            patch.setattr(module, name, _changed(getattr(module, name), change))
+            patch.setattr(module, name, partial(changed, getattr(module, name), change))
         yield
 
 
-#: Beginning of a model's name -> arguments of its builder, and the sides of its images; the longest one counts.
-_EXCEPTIONS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "": ({}, (64, 96)),
-    "inception_v3": ({"init_weights": False}, (299,)),
-    "googlenet": ({"init_weights": False}, (64, 96)),
-    "vgg": ({"init_weights": False}, (64, 96)),
-    "vit_": ({"image_size": 64}, (64,)),
-    "vit_h_14": ({"image_size": 56}, (56,)),
-    "maxvit_t": ({"input_size": (64, 64)}, (64,)),
+_FEW = {
+    **{"min_size": 64, "max_size": 128, "trainable_backbone_layers": 5},
+    **dict.fromkeys(("rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test"), 40),
+    **dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), 12),
+    **{"box_batch_size_per_image": 8, "box_detections_per_img": 4},
 }
+_ANCHORS = {"trainable_backbone_layers": 5, "topk_candidates": 20, "detections_per_img": 4}
+#: Beginning of a model's name -> arguments of its builder. In both tables, the longest beginning counts.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "": {},
+    **{name: {"init_weights": False} for name in ("inception_v3", "googlenet", "vgg")},
+    "vit_": {"image_size": 64},
+    "vit_h_14": {"image_size": 56},
+    "maxvit_t": {"input_size": (64, 64)},
+    **dict.fromkeys(("fasterrcnn", "maskrcnn", "keypointrcnn"), _FEW),
+    "fasterrcnn_mobilenet": _FEW | {"trainable_backbone_layers": 6},
+    **{name: {"min_size": 64, "max_size": 128, **_ANCHORS} for name in ("fcos", "retinanet")},
+    "ssd300": _ANCHORS,
+    "ssdlite": _ANCHORS | {"trainable_backbone_layers": 6},
+    **{name: {"aux_loss": True} for name in ("deeplabv3", "fcn")},
+}
+#: Beginning of a model's name -> the sides of its images.
+_SIDES = {"": (64, 96), "inception_v3": (299,), "vit_": (64,), "vit_h_14": (56,), "maxvit_t": (64,)}
 #: Models that take seconds for a call, and half as many in float32.
 _SLOW = ("ssd300_vgg16", "keypointrcnn_resnet50_fpn")
-
-_FEW = {
-    "rpn_pre_nms_top_n_train": 40,
-    "rpn_pre_nms_top_n_test": 40,
-    "rpn_post_nms_top_n_train": 12,
-    "rpn_post_nms_top_n_test": 12,
-    "box_batch_size_per_image": 8,
-    "box_detections_per_img": 4,
-}
-_ANCHORS = {"topk_candidates": 20, "detections_per_img": 4}
-_DETECTORS: dict[str, dict[str, Any]] = {
-    "": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 5, **_FEW},
-    "fasterrcnn_mobilenet": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 6, **_FEW},
-    "fcos": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 5, **_ANCHORS},
-    "retinanet": {"min_size": 64, "max_size": 128, "trainable_backbone_layers": 5, **_ANCHORS},
-    "ssd300": {"trainable_backbone_layers": 5, **_ANCHORS},
-    "ssdlite": {"trainable_backbone_layers": 6, **_ANCHORS},
-}
 
 
 def _longest(name: str, table: dict[str, Any]) -> Any:
@@ -118,19 +111,6 @@ def images(sizes: tuple[int, ...]) -> Callable[[int, int], Call]:
     return lambda batch, size: ((torch.randn(batch, 3, sizes[size], sizes[size]),), {})
 
 
-def _classifier(name: str) -> Entry:
-    kwargs, sides = _longest(name, _EXCEPTIONS)
-
-    def build() -> nn.Module:
-        with _smaller():
-            model = models.get_model(name, weights=None, num_classes=_CLASSES, **kwargs)
-        if name.startswith(("vgg", "alexnet")):
-            _narrow(model.classifier)
-        return model
-
-    return Entry(f"torchvision/{name}", build, images(sides), sizes=len(sides), double=name not in _SLOW)
-
-
 def _narrow(classifier: Any) -> None:
     """Three Linears of which the first has up to 100 million weights."""
     places = [place for place, layer in enumerate(classifier) if isinstance(layer, nn.Linear)]
@@ -139,56 +119,45 @@ def _narrow(classifier: Any) -> None:
         classifier[place] = nn.Linear(widths[i], widths[i + 1])
 
 
-def _targets(batch: int, size: int) -> list[dict[str, Tensor]]:
-    corners = torch.rand(batch, 2, 2) * size / 3
-    boxes = torch.cat([corners, corners + size / 3 + torch.rand(batch, 2, 2) * size / 4], dim=2)
-    return [
+def _with_targets(batch: int, size: int, *, labels: tuple[int, int]) -> Call:
+    """Images and what is seen on them, as detectors take them."""
+    side = (64, 96)[size]
+    corners = torch.rand(batch, 2, 2) * side / 3
+    boxes = torch.cat([corners, corners + side / 3 + torch.rand(batch, 2, 2) * side / 4], dim=2)
+    targets = [
         {
             "boxes": each,
-            "labels": torch.tensor([1, 2]),
-            "masks": torch.randint(0, 2, (2, size, size), dtype=torch.uint8),
-            "keypoints": torch.cat([each[:, None, :2] + torch.rand(2, 17, 2) * size / 4, torch.ones(2, 17, 1)], dim=2),
+            "labels": torch.tensor(labels),
+            "masks": torch.randint(0, 2, (2, side, side), dtype=torch.uint8),
+            "keypoints": torch.cat([each[:, None, :2] + torch.rand(2, 17, 2) * side / 4, torch.ones(2, 17, 1)], dim=2),
         }
         for each in boxes
     ]
+    return (list(torch.rand(batch, 3, side, side)), targets), {}
 
 
-def _detector(name: str) -> Entry:
-    keypoints = name.startswith("keypoint")
+def _entry(name: str, kind: Any) -> Entry:
+    """A model of one of torchvision's modules."""
+    finds_people = name.startswith("keypoint")
+    given = {"num_classes": 2 if finds_people else _CLASSES, **_longest(name, _ARGUMENTS)}
+    sides = _longest(name, _SIDES)
 
     def build() -> nn.Module:
-        kwargs = {"weights": None, "weights_backbone": None, "num_classes": 2 if keypoints else _CLASSES}
         with _smaller():
-            model: Any = models.get_model(name, **kwargs, **_longest(name, _DETECTORS))
+            backbone = {} if kind is models else {"weights_backbone": None}
+            model: Any = models.get_model(name, weights=None, **backbone, **given)
         for part in (model, getattr(model, "roi_heads", model)):
             if hasattr(part, "score_thresh"):  # random scores are low
                 part.score_thresh = 0.0
+        if name.startswith(("vgg", "alexnet")):
+            _narrow(model.classifier)
         return model
 
-    def call(batch: int, size: int) -> Call:
-        side = (64, 96)[size]
-        targets = _targets(batch, side)
-        if keypoints:
-            for target in targets:
-                target["labels"] = torch.ones(2, dtype=torch.long)
-        return (list(torch.rand(batch, 3, side, side)), targets), {}
-
-    batches = (1, 2) if name in _SLOW else (2, 1)
-    return Entry(f"torchvision/{name}", build, call, batches=batches, double=name not in _SLOW)
+    calls = images(sides)
+    if kind is detection:
+        calls = partial(_with_targets, labels=(1, 1) if finds_people else (1, 2))
+    batches = (2, 3) if kind is not detection else (1, 2) if name in _SLOW else (2, 1)
+    return Entry(f"torchvision/{name}", build, calls, len(sides), batches, double=name not in _SLOW)
 
 
-def _segmenter(name: str) -> Entry:
-    auxiliary = {} if name.startswith("lraspp") else {"aux_loss": True}
-
-    def build() -> nn.Module:
-        with _smaller():
-            return models.get_model(name, weights=None, weights_backbone=None, num_classes=_CLASSES, **auxiliary)
-
-    return Entry(f"torchvision/{name}", build, images((64, 96)))
-
-
-ENTRIES = (
-    *map(_classifier, models.list_models(models)),
-    *map(_detector, models.list_models(detection)),
-    *map(_segmenter, models.list_models(segmentation)),
-)
+ENTRIES = [_entry(name, kind) for kind in (models, detection, segmentation) for name in models.list_models(kind)]
