@@ -74,6 +74,19 @@ def test_a_run_that_was_stopped_goes_on_bitwise(
     assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
 
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    model = adapted("llama", "transform")
+    every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = trainer_of(Trainer, "llama", model, tmp_path, **every, **best)  # the first one, of the largest loss
+    trainer.train()
+    first, *others = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(others) == 2 and first > max(others) + 1e-3
+    assert trainer.evaluate()["eval_loss"] == first
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(saved[name], parameter) for name, parameter in trained_in(model).items())
+
+
 def test_a_checkpoint_has_the_files_of_pefts_and_one_more(tmp_path: Path) -> None:
     """The Trainer reads the adapter's own file for a `PeftModel` only, and model.safetensors for every other model."""
     models = {"ours": adapted("llama", "HRAModel"), "theirs": by_peft(BASES["llama"](), **FIELDS["llama"])}

@@ -119,10 +119,11 @@ def test_reward(kind: str, tmp_path: Path) -> None:
     assert relative_error(found, base_model("reward").score.weight) > 1e-3
 
 
-def test_a_run_is_resumed_and_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["SFT", *(pytest.param(one, marks=pytest.mark.slow) for one in ("DPO", "GRPO"))])
+def test_a_run_is_resumed_and_served(method: str, tmp_path: Path) -> None:
     """As in docs/trl.md: with `from_peft` after the trainer is made, the rest is TRL's own script."""
     options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
-    whole, again = (trainer(TAKEN, "SFT", tmp_path / "run", **options) for _ in range(2))
+    whole, again = (trainer(TAKEN, method, tmp_path / "run", **options) for _ in range(2))
     redraw(again.model)
     for one, checkpoint in ((whole, None), (again, str(tmp_path / "run" / "checkpoint-2"))):
         set_seed(0)
