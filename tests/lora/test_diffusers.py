@@ -15,7 +15,7 @@ import torch
 from adapting import randomise
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
-from diffusion_pipelines import flux, image, stable_diffusion, stable_diffusion_3
+from diffusion_pipelines import flux, image, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from oracles import relative_error
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ UNET = ["to_q", "to_out.0", "ff.net.2", "proj_in", "conv", "conv1", "conv_shortc
 CLIP = ["q_proj", "out_proj", "fc1"]
 PIPELINES: dict[Callable[[], Any], dict[str, Any]] = {
     stable_diffusion: {"unet": UNET, "text_encoder": CLIP},
+    stable_diffusion_xl: {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": [*CLIP, "text_projection"]},
     stable_diffusion_3: {
         "transformer": ["to_q", "add_k_proj", "proj_out", "proj", "linear"],
         "text_encoder": CLIP,
