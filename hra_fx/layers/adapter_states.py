@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
@@ -25,8 +24,6 @@ _ROUNDING = 1e-3
 def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
     """Check the entries of an adapter in a state, for its `HouseholderAdapters`. `key` is that of the parameter."""
     spec, given, kept = adapters.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
-    if f"{key}_anchor" in state_dict and f"{name}_anchor" not in adapters:
-        errors.append(f"{key}_anchor: frozen vectors, which were removed in 0.5. Load the adapter's file instead.")
     if given is None:
         return
     if name in adapters.scales:
@@ -40,9 +37,6 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
     if tuple(given.shape) != adapters.parameter_shape(name):
         return  # torch reports the shape
     if kept is not None:
-        inner = full_tensor(kept).mT @ full_tensor(kept)
-        if not kept.is_meta and not torch.allclose(inner @ inner, inner, atol=_ROUNDING):
-            errors.append(f"{key}{KEPT}: its columns are not orthonormal, for example because states were averaged.")
         adapters.shares.pop(name, None)
         held = adapters.kept(name)
         if held is None or held.shape != kept.shape:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hra_fx.compat import is_plain_eager
@@ -20,21 +20,17 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import chain as chains, geodesic, householder
 from hra_fx.functional.chain import chain_of, pairs_shape, to_pairs, without
 from hra_fx.functional.householder import products_dtype
-from hra_fx.functional.rotate import as_rows, rotate_weight
+from hra_fx.functional.rotate import as_rows, rows_to_weight
 from hra_fx.kernels.factors import Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapter_states import prepare_load
-from hra_fx.layers.containers import KEPT, SCALED, FilledLater, check_adapter_name
+from hra_fx.layers.containers import KEPT, SCALED, check_adapter_name
 from hra_fx.layers.running import WITHOUT_FACTORS, Changes, Run, during, prepared_factors
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
 
-T = TypeVar("T")
 #: Where a module has a tensor: a dictionary of the module, and the name in it.
 Place: TypeAlias = tuple[dict[str, Any], str]
-
-# One node for an fx tracer that traces into a layer.
-fx.wrap("rotate_weight")
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class AdapterSpec:
     pairs: bool = False
 
 
-class HouseholderAdapters(FilledLater, nn.ParameterDict):
+class HouseholderAdapters(nn.ParameterDict):
     """The adapters of one layer: adapter name -> what is trained. Calling it reflects the layer's input or its weight.
 
     Attributes:
@@ -120,9 +116,16 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return during(run or WITHOUT_FACTORS, self.reflect, x)
 
     def rotate(self, weight: Tensor) -> Tensor:
-        """Compute `W Q` for the weight `W` of the layer."""
-        vectors = self.vectors_for(weight)
-        return weight if vectors is None else rotate_weight(weight, vectors, transposed=self.fan_in_fan_out)
+        """Compute `W Q = W + (W R^T) F` for the weight `W` of the layer, in its dtype."""
+        factors = self.factors(weight.dtype)
+        if factors is None:
+            return weight
+        rows, down = factors
+        with householder.without_autocast(weight):
+            matrix = self.rows(weight)
+            add = torch.baddbmm if matrix.dim() == 3 else torch.addmm
+            rotated = add(matrix, matrix @ rows.mT, down)
+            return rows_to_weight(rotated, weight, transposed=self.fan_in_fan_out)
 
     def factors(self, dtype: torch.dtype) -> Factors | None:
         """Compute the factors `R` and `F: (k, d)` of the active adapters in `dtype`; `None` for the identity."""
@@ -130,11 +133,21 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         if not parts:
             return None
         tensors = [place[name] for _, held in parts for place, name in held]
-        self._check_data(tensors)
+        if any(tensor.is_meta for tensor in tensors):
+            raise AdapterError(
+                f"{self.layer_path}: the vectors of {', '.join(self.active)} are on the meta device, without data. "
+                "Call hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
+            )
+        if self.kind == "experts":
+            tensors = [expert for tensor in tensors for expert in tensor.unbind()]
         # A checkpointed block uses the factors of a batch first, and computes its own when it runs again in the
         # backward. It must not save more tensors then, so what this computation saves is hidden from checkpoint.
-        with saved_tensors_hooks(_same, _same) if is_plain_eager() else nullcontext():
-            return batched_factors(tensors, [form for form, _ in parts], dtype)[0]
+        with saved_tensors_hooks(lambda saved: saved, lambda saved: saved) if is_plain_eager() else nullcontext():
+            found = batched_factors(tensors, [form for form, _ in parts], dtype)
+        if self.kind != "experts":
+            return found[0]
+        rows, down = zip(*found, strict=True)
+        return torch.stack(rows), torch.stack(down)
 
     def reflect(self, x: Tensor) -> Any:
         """What a call in a graph returns for the input `x` of the layer (`reflects_input`)."""
@@ -167,11 +180,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def vectors_shape(self, r: int) -> tuple[int, ...]:
         """The shape of the vectors of an adapter of rank `r`: `(d, r)`."""
         return self.width, r
-
-    def rank(self, name: str) -> int:
-        """The number of reflections of an adapter at its current scale."""
-        scaled = self._buffers.get(name + SCALED)
-        return self.specs[name].r if scaled is None else scaled.shape[-1]
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the parameter of an adapter: that of its pairs, or of its vectors."""
@@ -241,7 +249,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         Such directions would not be orthonormal, and a small rotation is a small difference of two vectors.
         """
         wide = {key: one for key, one in self._buffers.items() if key.endswith((KEPT, SCALED)) and one is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = None
         Changes.count += 1
         for key, before in wide.items():
@@ -281,14 +289,11 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.set_active(self.active)
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`.
-
-        If `dtype` is given, shards of the vectors are gathered from all processes.
-        """
+        """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`."""
         scaled = self._buffers.get(name + SCALED)
         if scaled is not None:
             return scaled if dtype is None else scaled.to(dtype)
-        trained = self[name] if dtype is None else full_tensor(self[name]).to(dtype)
+        trained = self[name] if dtype is None else self[name].to(dtype)
         return chain_of(self.form(name), trained, self.kept(name))
 
     def form(self, name: str) -> int:
@@ -340,33 +345,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         )
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Reshape the weight, or a tensor of its shape, to the matrix `(out, d)` that is multiplied by `Q`."""
-        return as_rows(weight, transposed=self.fan_in_fan_out)
-
-    def vectors_for(self, x: Tensor) -> Tensor | None:
-        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity."""
-        vectors = self.joint_vectors(self.active)
-        if vectors is not None and not x.is_meta:
-            self._check_data([vectors])
-        return vectors
-
-    def _check_data(self, tensors: Iterable[Tensor]) -> None:
-        if any(tensor.is_meta for tensor in tensors):
-            raise AdapterError(
-                f"{self.layer_path}: the vectors of {', '.join(self.active)} are on the meta device, without data. "
-                "Call hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
-            )
-
-    def extra_repr(self) -> str:
-        """One line for all adapters."""
-        return ", ".join(
-            f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "")
-            for name, spec in self.specs.items()
-        )
-
-
-def _same(tensor: T) -> T:
-    return tensor
+        """Reshape the weight, or a tensor of its shape, to the matrix `(out, d)` of the layer or of each expert."""
+        return as_rows(weight, transposed=self.fan_in_fan_out, batched=self.kind == "experts")
 
 
 def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:

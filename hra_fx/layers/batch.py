@@ -9,26 +9,24 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx import compat
-from hra_fx.errors import HRAWarning
 from hra_fx.functional.householder import products_dtype, working_dtype
 from hra_fx.kernels.factors import Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters, Place
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Changes, Run
-from hra_fx.layers.sharding import is_partitioned_by_zero3, is_sharded, is_trained_by_zero
+from hra_fx.layers.sharding import is_partitioned_by_zero3, is_sharded
 from hra_fx.layers.target import REFLECTION
 
 #: The classes of ordinary tensors.
@@ -40,8 +38,6 @@ _NOTHING: list[Any] = []
 _NONE: Mapping[str, Any] = MappingProxyType({})
 _FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
 _SEEN = operator.attrgetter("forward", "compute_dtype")
-#: Containers with vectors that a warning about 16 bits has named.
-_WARNED: WeakSet[HouseholderAdapters] = WeakSet()
 
 
 class _Group(NamedTuple):
@@ -122,8 +118,6 @@ def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: M
         batch = _BATCHES[model] = _Batch()
     run = Run({}, has_graph, Changes.count)
     for group, tensors in batch.values(layers):
-        if has_graph and tensors[0].dtype.itemsize < 4:
-            _warn_of_low_precision(batch.groups)
         dtype = group.dtype
         if compat.is_autocast_active():
             dtype = products_dtype(tensors[0].device, dtype)
@@ -193,33 +187,6 @@ def _expected_dtype(adapters: HouseholderAdapters, layer: nn.Module, vectors: Te
         return adapters.compute_dtype
     dtype = adapters.weight_of(layer).dtype
     return dtype if dtype in _COMPUTING else vectors.dtype  # a quantized weight
-
-
-def _warn_of_low_precision(groups: Iterable[_Group]) -> None:
-    """Warn, once for each model, if 16-bit vectors are trained, for example after a cast by TRL's trainers.
-
-    For `r=8`, entries start at values up to 0.35. At this size, bfloat16 values are 1e-3 apart, and AdamW changes
-    entries by about the learning rate. Pairs train in 16 bits like LoRA: their entries are as small as LoRA's. ZeRO
-    keeps float32 values elsewhere, so its vectors are ignored.
-    """
-    containers = [owner for group in groups for owner in group.owners]
-    held = [(adapters, adapters[name], name) for adapters in containers for name in adapters.active]
-    found = [
-        (adapters, vectors.dtype)
-        for adapters, vectors, name in held
-        if vectors.requires_grad and vectors.dtype.itemsize < 4 and adapters.training
-        if not adapters.specs[name].pairs and not is_trained_by_zero(vectors)
-    ]
-    if found and _WARNED.isdisjoint(containers):
-        _WARNED.update(containers)
-        warnings.warn(
-            f"{found[0][0].layer_path}: its trained vectors are {found[0][1]}, so rounding cancels most optimizer "
-            "steps at usual learning rates. Train them in float32, even in a 16-bit or quantized model. Before "
-            "training, and after all casts (TRL's trainers cast them), set parameter.data = parameter.data.float() for "
-            "each parameter with 'hra_u' in its name.",
-            HRAWarning,
-            stacklevel=2,
-        )
 
 
 def traced_batch(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:

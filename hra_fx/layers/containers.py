@@ -1,11 +1,8 @@
-"""Checks that the containers of vectors and of trained copies share: adapter names, and tensors without values."""
+"""The names of adapters, and of their buffers."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hra_fx.errors import AdapterError
 
@@ -33,21 +30,3 @@ def check_adapter_name(name: object, container: nn.Module | None = None) -> None
             f"no spaces at its ends, not ending in {KEPT!r} or {SCALED!r}, and not a reserved name; got "
             f"{name!r}."
         )
-
-
-class FilledLater(nn.Module):
-    """A module whose tensors are NaN after they leave the meta device, until they are filled.
-
-    Otherwise, an adapter could train from the uninitialized memory that `to_empty` allocates.
-    """
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = {name for name, tensor in self._tensors() if tensor.is_meta}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in self._tensors():
-            if name in before and not tensor.is_meta and tensor.is_floating_point():
-                tensor.detach().fill_(torch.nan)
-        return self
-
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [*self.named_parameters(), *self.named_buffers()]

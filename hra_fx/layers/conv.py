@@ -35,7 +35,7 @@ class ConvAdapters(HouseholderAdapters):
 
     def value_in_graph(self, x: Tensor, output: Tensor) -> Factors | None:
         """Fake tensors like the result of a call, from fake tensors of the layer's input and output."""
-        rank = sum(map(self.rank, self.active or self.specs))
+        rank = sum(self.specs[name].r for name in self.active or self.specs)
         return (x.new_empty((rank, self.width)), x.new_empty((rank, self.width))) if rank else None
 
 

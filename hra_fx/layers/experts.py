@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.rotate import as_rows
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
@@ -36,10 +35,6 @@ class ExpertsAdapters(HouseholderAdapters):
     def vectors_shape(self, r: int) -> tuple[int, ...]:
         """The shape of the vectors of an adapter of rank `r`: `(experts, d, r)`."""
         return self.experts, self.width, r
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """The weights as matrices `(experts, out, d)`."""
-        return as_rows(weight, transposed=self.fan_in_fan_out, batched=True)
 
 
 class AdaptedExperts(SwapMixin):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from hra_fx.compat import non_persistent_buffers, state_modules
-from hra_fx.layers.containers import FilledLater, check_adapter_name
+from hra_fx.layers.containers import check_adapter_name
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.target import SAVED
 
@@ -21,7 +21,7 @@ from hra_fx.layers.target import SAVED
 BASE = "base_layer"
 
 
-class Copies(FilledLater):
+class Copies(nn.Module):
     """The tensors of one module that are not in use: a child for each adapter, or `BASE`, that is not in use.
 
     Attributes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import device_of_values, distribute_like, local_tensor, on_first_rank
+from hra_fx.layers.sharding import device_of_values, distribute_like, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, names_in, root_of
 from hra_fx.model.whole import check_whole
@@ -84,11 +84,10 @@ def _check_values(root: nn.Module, name: str, base: dict[tuple[str, str], Tensor
             "model.load_state_dict(..., assign=True) first."
         )
     for (path, entry), tensor in base.items():
-        own = local_tensor(tensor)
-        if own.is_floating_point() and own.numel() and bool(own.isnan().all()):
+        if is_dtensor(tensor):
             raise AdapterError(
-                f"{path}.{entry}: the base model's values are NaN, because set_model_state_dict fills the trained copy "
-                "(modules_to_save or bias). Load its weights before hra_fx.transform, or load an adapter."
+                f"{path}.{entry}: its trained copy (modules_to_save or bias) is sharded, and set_model_state_dict "
+                "fills the copy, not the base model. Load the weights before hra_fx.transform, or load an adapter."
             )
 
 

@@ -53,8 +53,6 @@ def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None 
         also = f" Also unsupported: {', '.join(others)}." if others else ""
         class_name = type(layers[first]).__name__
         raise UnsupportedLayerError(f"{first} ({class_name}): {unsupported[first]}.{also}")
-    if not config.inference_mode:
-        _warn_about_blocked_gradients(modules, layers.values())
     _warn_about_unused_patterns(config, list(layers))
     return layers
 
@@ -174,23 +172,6 @@ def _rank_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
         f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer, got {rank}. "
         f"Lower `r`, set `apply_GS=False`, or {_EXCLUDE}"
     )
-
-
-def _warn_about_blocked_gradients(modules: Modules, layers: Iterable[nn.Module]) -> None:
-    """Warn about quantized layers that do not pass gradients without an adapter, but would pass them with one."""
-    adapted = set(layers)
-    blocked = {
-        path: reason
-        for path, module in once(modules).items()
-        if module not in adapted and get_adapters(module) is None
-        if (scheme := quant_scheme_of(module)) and (reason := scheme.why_no_gradient(module))
-    }
-    if blocked:
-        text = (
-            f"{some_of(list(blocked), 1)}: {next(iter(blocked.values()))}. Adapters before it get gradients only along "
-            "other paths. Add such layers to `target_modules`: adapted layers pass gradients."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=3)
 
 
 def _warn_about_unused_patterns(config: HRAConfig, paths: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
 from canaries.canary import canary
@@ -42,9 +41,6 @@ def adapted(make: Callable[[], nn.Module] = Net, dtype: torch.dtype = F64, **fie
     return base.train(), model.train()
 
 
-narrow = pytest.mark.filterwarnings("ignore:.*its trained vectors are torch.bfloat16:hra_fx.HRAWarning")
-
-
 def assert_right(base: nn.Module, model: Any, found: Tensor) -> None:
     """The output and the gradients of all vectors are those of the oracle."""
     assert_gradients(found, run_dense(base, model, X), list(vectors_of(model).values()))
@@ -64,7 +60,6 @@ def test_layers_that_the_loss_does_not_reach_get_no_gradient() -> None:
     assert [path for path, vectors in vectors_of(model).items() if vectors.grad is not None] == ["one"]
 
 
-@narrow
 @pytest.mark.parametrize("away", ["no shape", "another dtype"])
 def test_vectors_that_a_tool_provides_only_while_a_layer_runs(away: str) -> None:
     """As DeepSpeed and layerwise casts do; FSDP2 itself runs in `tests/integrations/distributed`."""
@@ -89,7 +84,6 @@ def test_vectors_that_a_tool_provides_only_while_a_layer_runs(away: str) -> None
     assert relative_error(found, run_dense(base, model, X)) < (1e-6 if away == "another dtype" else 1e-12)
 
 
-@narrow
 def test_another_dtype_from_now_on() -> None:
     base, model = adapted(apply_GS=True, dtype=F32)
     for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12), (BF16, 5e-2), (F32, 1e-5)):
@@ -257,37 +251,3 @@ def test_a_change_in_the_middle_of_generate(change: str, guard: Any) -> None:
         first, second, _ = adapted(Generator, r=2)[1].generate(X, between)
     assert relative_error(second, sought[0]) < 1e-12
     assert relative_error(second, first) > 1e-3
-
-
-# ---- a warning about vectors that are trained in 16 bits ----
-
-
-def by_peft(model: nn.Module) -> Any:
-    config = peft.HRAConfig(r=3, target_modules=["one", "two", "three"], init_weights=False)
-    made = peft.get_peft_model(Net().to(BF16), config, autocast_adapter_dtype=False)
-    return hra_fx.from_peft(made).to(BF16)
-
-
-@pytest.mark.parametrize("cast", [nn.Module.half, by_peft])
-def test_vectors_trained_in_16_bits_are_reported_once(cast: Callable[[nn.Module], Any]) -> None:
-    model = cast(adapted(dtype=F32)[1])
-    x = X.to(next(model.parameters()).dtype)
-    with torch.no_grad():
-        model(x)
-    copy.deepcopy(model).eval()(x)
-    text = rf"^(one|a layer): its trained vectors are {x.dtype}, .* parameter\.data = parameter\.data\.float\(\) for"
-    with pytest.warns(hra_fx.HRAWarning, match=text) as caught:
-        for _ in range(3):
-            model(x).float().sum().backward()
-    assert len(caught) == 1
-
-
-@pytest.mark.parametrize("kind", ["float32 vectors", "frozen", "disabled"])
-def test_no_warning_if_vectors_are_float32_or_not_trained(kind: str) -> None:
-    model = adapted(dtype=F32)[1].bfloat16()
-    for vectors in vectors_of(model).values():
-        vectors.data = vectors.data.float() if kind == "float32 vectors" else vectors.data  # as the warning says
-        vectors.requires_grad_(kind != "frozen")
-    if kind == "disabled":
-        hra_fx.disable_adapters(model)
-    model(X.to(BF16))

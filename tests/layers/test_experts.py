@@ -103,12 +103,16 @@ def test_the_weight_is_one_plain_tensor_in_a_forward_but_not_without_gradients_o
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits(autocast: bool) -> None:
+    """For the backward, a forward keeps no copy of the weight in float32."""
     experts, _, dense = adapted()
     experts = experts.float() if autocast else experts.bfloat16()
     x = torch.randn(7, 6, dtype=torch.float32 if autocast else torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    kept: list[Tensor] = []
+    watched = torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), watched:
         output = experts(lambda own: F.linear(x, own.up[1]))
     assert output.dtype is torch.bfloat16
+    assert not [one for one in kept if one.numel() == dense.numel() and one.dtype is not experts.up.dtype]
     assert relative_error(output, x.double() @ dense[1].T) < 0.03
     output.sum().backward()
     assert experts.hra_up.hra_u["default"].grad.isfinite().all()

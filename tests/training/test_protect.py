@@ -165,7 +165,6 @@ def test_outputs_for_what_is_kept_stay_those_of_the_base_model(name: str, tmp_pa
     check_kept(hra_fx.fold(model), base, kept, other, bound=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore:.* its trained vectors are torch.bfloat16:hra_fx.HRAWarning")
 @pytest.mark.parametrize("fields", [{}, {"r": 3}, {"apply_GS": True}], ids=["pairs", "odd rank", "Gram-Schmidt"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)], ids=str)
 def test_training_does_not_move_protected_directions(dtype: torch.dtype, bound: float, fields: dict[str, Any]) -> None:

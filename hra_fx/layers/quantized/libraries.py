@@ -28,12 +28,6 @@ class BitsAndBytes(LinearMap):
             return "a call in eval mode has changed the layout of its weight. Load the model again, and adapt it first"
         return None
 
-    def why_no_gradient(self, layer: Any) -> str | None:
-        """A call without gradients may change the layout."""
-        if layer.weight.device.type != "cpu" or not getattr(layer, "support_avx512bf16_for_cpu", False):
-            return None
-        return "on this CPU, bitsandbytes does not pass gradients after a call without gradients"
-
     def values(self, layer: Any) -> Tensor:
         """Use the library's functions: outputs are rounded to the dtype in which the layer computes."""
         weight, functional = layer.weight, sys.modules["bitsandbytes.functional"]
@@ -69,12 +63,6 @@ class TorchAO(LinearMap):
     def description(self, layer: nn.Module) -> str:
         """The class of the weight."""
         return f"torchao, {type(layer._parameters['weight']).__name__}"
-
-    def why_no_gradient(self, layer: Any) -> str | None:
-        """Quantizing the inputs stops the gradient. The name of the attribute depends on the class of the weight."""
-        weight, names = layer._parameters["weight"], ("act_quant_kwargs", "activation_quantization")
-        rounds = any(getattr(weight, name, None) is not None for name in names)
-        return "its input is quantized, and torchao does not pass gradients through that" if rounds else None
 
     def values(self, layer: Any) -> Tensor:
         """Some weights for GPUs cannot be dequantized: they inherit the function for tensors of torch.ao."""

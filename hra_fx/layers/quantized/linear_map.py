@@ -17,8 +17,7 @@ _LINEAR = 0.1
 class LinearMap:
     """A layer whose own forward is called. hra_fx does not need to know how it stores its weight.
 
-    `libraries.py` has a subclass for each library that needs one. Methods with `why` return the reason as text without
-    a final period, or `None`.
+    `libraries.py` has a subclass for each library that needs one.
 
     Attributes:
         straight_through: whether hra_fx computes the gradient of the layer's input even if the library does.
@@ -32,11 +31,7 @@ class LinearMap:
         return f"{cls.__module__.partition('.')[0]}, {cls.__name__}"
 
     def why_not_adapted(self, layer: Any) -> str | None:
-        """Return why a layer cannot be adapted."""
-        return None
-
-    def why_no_gradient(self, layer: Any) -> str | None:
-        """Return why no gradient passes a layer without an adapter."""
+        """Return why a layer cannot be adapted, without a final period."""
         return None
 
     def values(self, layer: Any) -> Tensor:
@@ -65,7 +60,7 @@ class UnknownLinear(LinearMap):
 
 
 def outputs(layer: nn.Module, rows: Tensor) -> Tensor:
-    """What a layer computes for rows without its adapters, in float32 or else in the dtype of its largest tensor."""
+    """What a layer computes for rows without its adapters, in the dtype of its largest floating-point tensor."""
     alone: Any = object.__new__(original_class(layer))
     vars(alone).update(vars(layer))
     for held in ("_parameters", "_buffers"):  # a large bias would hide the digits of the rest
@@ -73,12 +68,8 @@ def outputs(layer: nn.Module, rows: Tensor) -> Tensor:
         vars(alone)[held] = {n: torch.zeros_like(t) if n == "bias" and t is not None else t for n, t in tensors}
     largest = list(tensors_of(layer).values())
     own = next((tensor.dtype for tensor in largest if tensor.is_floating_point()), torch.float16)
-    rows, forward = rows.to(largest[0].device), original_class(layer).forward
     with torch.no_grad():
-        try:
-            found: Tensor = forward(alone, rows)
-        except (RuntimeError, AssertionError):
-            found = forward(alone, rows.to(own))
+        found: Tensor = original_class(layer).forward(alone, rows.to(largest[0].device, own))
     return found
 
 

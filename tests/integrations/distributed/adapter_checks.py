@@ -224,10 +224,8 @@ def without_memory(rank: int, folder: Path) -> None:
         ):
             call()
     assert all(parameter.is_meta for parameter in model.parameters())
-    with_weights(model, case, rank, broadcast=False)
-    assert output(model, case).isnan().all(), "vectors that nothing has filled"
     model = with_weights(on_meta(COPIES, "FSDP2, parts"), COPIES, rank, broadcast=False)
-    with pytest.raises(AdapterError, match=r"the base model's values are NaN, because set_model_state_dict"):
+    with pytest.raises(AdapterError, match=r"is sharded, and set_model_state_dict fills the copy, not the base"):
         hra_fx.reset_adapters(model)
 
 

@@ -117,7 +117,6 @@ SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "hqq, HQQLinear": _hqq,
     "layers, Packed": Packed,
 }
-DYNAMIC = [name for name in SCHEMES if "dynamic" in name]
 EXACT = [name for name in SCHEMES if "dynamic" not in name]
 
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from layers.quantized.bases import DYNAMIC, SCHEMES, Packed, config, inputs, quantized, torchao
+from layers.quantized.bases import SCHEMES, Packed, config, inputs, quantized, torchao
 from refusals import refused
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig
 
 import hra_fx
-from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
+from hra_fx.errors import SelectionError, UnsupportedLayerError
 
 NF4 = "bitsandbytes, Linear4bit"
 
@@ -123,16 +123,3 @@ def test_quantized_layers_without_an_adapter_do_not_matter() -> None:
     hra_fx.transform(model, config("head", inference_mode=True))
     hra_fx.fold(model)
     assert type(model["head"]) is nn.Linear
-
-
-@pytest.mark.parametrize("scheme", [*DYNAMIC, NF4])
-def test_other_layers_that_stop_gradients_are_warned_about(scheme: str) -> None:
-    base, words = quantized(scheme), "its input is quantized, and torchao does not pass gradients through that"
-    if scheme == NF4:
-        words = "on this CPU, bitsandbytes does not pass gradients after a call without gradients"
-        base[2].support_avx512bf16_for_cpu = True
-    with pytest.warns(HRAWarning) as caught:
-        hra_fx.transform(base, config("0"))
-    (text,) = (str(one.message) for one in caught)
-    assert text.startswith(f"2: {words}. ") and "Add such layers to `target_modules`" in text
-    hra_fx.transform(quantized(scheme), config("0", inference_mode=True))
