@@ -156,9 +156,6 @@ refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all
 zoo: $(VENV)/test.stamp ## check 588 models, and write docs/zoo.json (1.5 hours, resumable)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support:benchmarks $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
-export-table: $(VENV)/openvino.stamp ## which models pass through which exporter
-	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
-
 release-check: ## build, check and try the package in a new environment (1 GB)
 	rm -rf dist $(RELEASE)
 	$(PYTHON) -m venv $(RELEASE)
@@ -207,11 +204,6 @@ $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 $(VENV)/device.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(call step,1,PyTorch and ExecuTorch in $(VENV),$(INSTALL) --editable $(DEVICE_TOOLS))
-	@touch $@
-
-$(VENV)/openvino.stamp: $(VENV)/test.stamp
-	@echo "Installing OpenVINO into $(VENV) ..." >&2
-	$(INSTALL) openvino >&2
 	@touch $@
 
 # Beside the environment: transformers, accelerate and TRL import DeepSpeed wherever they find it.

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapters import HouseholderAdapters
@@ -52,37 +52,23 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
         >>> make_swappable(torch.export.export(model, (torch.ones(1, 3),)), model)
         Traceback (most recent call last):
         ...
-        hra_fx.errors.AdapterError: make_swappable: expected a torch.onnx.ONNXProgram, got ExportedProgram. Pass the ...
+        hra_fx.errors.AdapterError: 0: adapter 'default' is not plain vectors at scale 1 (it has pairs, Gram-Schmidt...
     """
-    if type(onnx_program).__name__ != "ONNXProgram":
-        raise AdapterError(
-            f"make_swappable: expected a torch.onnx.ONNXProgram, got {type(onnx_program).__name__}. Pass the result of "
-            "torch.onnx.export(model, args, dynamo=True, optimize=False)."
-        )
     name, reflections = _adapter(model)
     for path, reflection in reflections.items():
-        unsupported = {
-            "Gram-Schmidt": reflection.specs[name].apply_GS,
-            "pairs of vectors": reflection.specs[name].pairs,
-            "directions that it keeps": reflection.kept(name) is not None,
-            "a scale other than 1": name in reflection.scales,
-        }
-        for reason in (reason for reason, holds in unsupported.items() if holds):
+        if reflection.form(name) or name in reflection.scales:
             raise AdapterError(
-                f"{path}: adapter {name!r} has {reason} here, which would be part of the graph for all other adapters. "
-                "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
-                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, pairs=False, ...)); "
-                "hra_fx.set_adapter(model, 'slot')."
+                f"{path}: adapter {name!r} is not plain vectors at scale 1 (it has pairs, Gram-Schmidt, a scale, or "
+                "directions of protect), which all other adapters of the graph would have too. Export an empty one: "
+                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=..., pairs=False)); hra_fx.set_adapter(model, 'slot')."
             )
     graph = onnx_program.model.graph
-    names = {path: f"{path}.{REFLECTION}.{name}" for path in reflections}
-    for path, entry in names.items():
-        if entry not in graph.initializers:
+    for path in reflections:
+        if (entry := f"{path}.{REFLECTION}.{name}") not in graph.initializers:
             raise AdapterError(
                 f"{path}: the graph does not use the vectors {REFLECTION}.{name}. Export this model with "
                 "torch.onnx.export(..., dynamo=True, optimize=False); the optimizer replaces them with constants."
             )
-    for path, entry in names.items():
         value = graph.initializers[entry]
         value.name = f"{path}.{REFLECTION}"
         graph.inputs.append(value)
@@ -108,8 +94,8 @@ def adapter_inputs(
         Name of an input -> array, in the dtype of the vectors. numpy does not support bfloat16.
 
     Raises:
-        AdapterError: the adapter has a higher rank than the graph, layers without an input, or trained copies of other
-            parameters.
+        AdapterError: the graph does not have inputs for all layers or vectors of the adapter, or the adapter has
+            trained copies of other parameters.
 
     Example:
         >>> import hra_fx
@@ -118,17 +104,22 @@ def adapter_inputs(
         >>> adapter_inputs(model, [SimpleNamespace(name="0.hra_u", shape=[3, 4])])["0.hra_u"].shape
         (3, 4)
     """
-    name, layers = _adapter(model, adapter_name)
-    slots = {slot.name.rpartition(".")[0]: slot for slot in inputs if slot.name.rpartition(".")[2] == REFLECTION}
-    for path in layers:
-        if path not in slots:
-            available = ", ".join(list(slots)[:4]) or "none"
+    name, reflections = _adapter(model, adapter_name)
+    ending = f".{REFLECTION}"
+    shapes = {slot.name.removesuffix(ending): slot.shape for slot in inputs if slot.name.endswith(ending)}
+    chains = {path: reflection.chain(name).detach().cpu() for path, reflection in reflections.items()}
+    for path, chain in chains.items():
+        width, rank = shapes.get(path, (0, 0))
+        if chain.shape[0] != width or chain.shape[1] > rank:
             raise AdapterError(
-                f"{path}: adapter {name!r} adapts this layer, but the graph has no input {path}.{REFLECTION}. The "
-                f"layers with an input: {available}. Export the graph with an adapter on all these layers."
+                f"{path}: adapter {name!r} has {chain.shape[1]} reflections of width {chain.shape[0]} here, and the "
+                f"graph supports at most {rank} of width {width}. Export it with an adapter of this rank on all layers."
             )
-    dtype = next((reflection[name].dtype for reflection in layers.values()), torch.float32)
-    return {slot.name: _vectors(slot, layers.get(path), name, dtype).numpy() for path, slot in slots.items()}
+    dtype = next(iter(chains.values())).dtype
+    padded = {path: torch.zeros(*shape, dtype=dtype) for path, shape in shapes.items()}
+    for path, chain in chains.items():
+        padded[path][:, : chain.shape[1]] = chain
+    return {path + ending: vectors.numpy() for path, vectors in padded.items()}
 
 
 def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, HouseholderAdapters]]:
@@ -140,26 +131,11 @@ def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
             f"a graph needs exactly one active adapter, which is not merged or disabled, got {list(active)}. Call "
             "hra_fx.set_adapter(model, name)."
         )
-    name = names_in(record, active if adapter_name is None else adapter_name)[0]
+    name = names_in(record, adapter_name or active)[0]
     for path, (_, copies) in all_copies(root).items():
         if name in copies.copied:
             raise AdapterError(
-                f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), "
-                "which cannot be an input of a graph. Export a separate graph for this adapter, with "
-                "torch.onnx.export alone."
+                f"{path or 'the model'}: adapter {name!r} trains a copy of it (modules_to_save or bias), which cannot "
+                "be an input of a graph. Export this adapter alone, without make_swappable."
             )
     return name, {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
-
-
-def _vectors(slot: Any, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:
-    """Pad the vectors of a layer with zeros to the shape of the input."""
-    width, rank = (int(size) for size in slot.shape)
-    if reflection is None:
-        return torch.zeros(width, rank, dtype=dtype)
-    chain = reflection.chain(name).detach().cpu()
-    if chain.shape[0] != width or chain.shape[1] > rank:
-        raise AdapterError(
-            f"{slot.name}: adapter {name!r} has {chain.shape[1]} reflections of width {chain.shape[0]} here, "
-            f"but the graph supports at most {rank} of width {width}. Export it with an adapter of higher rank."
-        )
-    return nn.functional.pad(chain.to(dtype), (0, rank - chain.shape[1])).contiguous()
