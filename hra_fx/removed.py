@@ -47,7 +47,10 @@ NAMES: dict[str, str] = {
 
 #: Function or class -> its removed argument -> what to do instead.
 ARGUMENTS: dict[str, dict[str, str]] = {
-    "fold": {"requantize": "Fold into the base model without quantization, or call hra_fx.save_as_lora."},
+    "fold": {
+        "adapter_names": "Call hra_fx.set_adapter(model, adapter_names) first.",
+        "requantize": "Fold into the base model without quantization, or call hra_fx.save_as_lora.",
+    },
     "fold_checkpoint": {
         "columns": _LAYOUT,
         "overwrite": "Delete the folder first.",
@@ -56,6 +59,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "trust_remote_code": "Load the model yourself, then call hra_fx.load_adapter and hra_fx.fold.",
         "verify": "Leave it out.",
     },
+    "merge_adapter": {"adapter_names": "Call hra_fx.set_adapter(model, adapter_names) first."},
     "protect": {
         "batches": "Pass them as `samples`.",
         "optimizer": "Leave it out: the adapters keep the directions, with any optimizer.",

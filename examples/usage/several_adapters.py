@@ -1,4 +1,4 @@
-"""Several adapters on one model: switch, apply in order, scale, fold one and keep the other."""
+"""Several adapters on one model: switch, apply in order, scale, fold."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def main() -> None:
         hra_fx.set_scale(model, "task", scale)
         print(f"'task' at {scale}, from both in full:   ", difference(model(x), both))
 
-    hra_fx.fold(model, "style")  # into the weights; 'task' stays
-    print("'style' folded, from both:          ", difference(model(x), both))
     print(hra_fx.report(model))
+    hra_fx.fold(model)  # both into the weights
+    print("folded, from both:                  ", difference(model(x), both))
 
 
 if __name__ == "__main__":

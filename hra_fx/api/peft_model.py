@@ -6,7 +6,6 @@ pipelines, diffusers) still work, and a wrapper that forwards attributes is not 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import fx, nn
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import transform
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError
 from hra_fx.integrations import pretrained
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
@@ -23,7 +22,7 @@ from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, remove, switch, trainable
 from hra_fx.model.fold import fold
 from hra_fx.model.setup import add_adapter
-from hra_fx.model.state import collect_parts, get_state, names_in, root_of
+from hra_fx.model.state import collect_parts, names_in, root_of
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import removed_method
 
@@ -137,8 +136,10 @@ class HRAModel(SwapMixin):
         self.disable_adapter_layers()
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
-        """Same as `hra_fx.merge_adapter`, which always checks that the weights stay finite."""
-        merge.merge_adapter(self, adapter_names)
+        """Same as `hra_fx.merge_adapter`, after `set_adapter(adapter_names)`. It always checks the weights."""
+        if adapter_names is not None:
+            switch.set_adapter(self, adapter_names)
+        merge.merge_adapter(self)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -147,16 +148,10 @@ class HRAModel(SwapMixin):
 
         Returns:
             The model, now a plain base model.
-
-        Warns:
-            HRAWarning: adapters are removed without being folded.
         """
-        fold(self, adapter_names)
-        if state := get_state(self):
-            text = f"adapters {list(state.configs)} are removed without being folded. Use hra_fx.fold to keep them."
-            remove.remove_adapters(self, state, tuple(state.configs))
-            warnings.warn(text, HRAWarning, stacklevel=2)
-        return self
+        if adapter_names is not None:
+            switch.set_adapter(self, adapter_names)
+        return fold(self)
 
     def unload(self) -> nn.Module:
         """Remove all adapters without folding them.

@@ -62,11 +62,3 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
             f"{where}: the vectors of {adapter!r} are linearly dependent, so their Gram-Schmidt basis is rounding "
             "noise. Train with apply_GS=False, or with init_weights=True, which starts with independent vectors."
         )
-
-
-def check_finite(where: str, folded: Tensor) -> None:
-    """Raise a `FoldError` if a folded weight contains NaN or infinity; `where` is for the message."""
-    if not bool(torch.isfinite(folded).all()):
-        raise FoldError(
-            f"{where}: the folded weight is not finite. Check the base weight and the vectors for NaN and inf."
-        )

@@ -15,9 +15,9 @@ from hra_fx.checkpoint.saving import CARD_NAME, save_adapters, write_card
 from hra_fx.errors import AdapterError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import on_first_rank
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.root import AdaptedModel
 from hra_fx.model.state import root_of
-from hra_fx.model.tied import parts
 
 #: Options of `HfApi.upload_folder`.
 _COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
@@ -168,9 +168,9 @@ class AdaptedPretrainedModel(AdaptedModel):
 
 
 def _tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Do nothing while an adapter has a copy of one of two tied weights, because the base class would overwrite it."""
+    """Do nothing while adapters have trained copies, because the base class would overwrite those of tied weights."""
     base: Any = original_class(self)
-    if not any(parts(self, (name,)) for name in root_of(self)[1].configs):
+    if not all_copies(self):
         base.tie_weights(self, *args, **kwargs)
 
 

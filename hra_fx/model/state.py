@@ -33,7 +33,7 @@ class AdapterState:
     Attributes:
         configs: adapter name -> configuration.
         active: the active adapters, including merged ones, in the order of the product `W Q_a Q_b ...`.
-        merged: the active adapters that are merged into the weights.
+        merged: whether the active adapters are merged into the weights.
         disabled: whether all adapters are disabled: by a call, or by an open block.
         disabled_calls: the number of calls of `disable_adapters` without a block.
         disabled_blocks: the number of open `with disable_adapters(...)` blocks, in all threads.
@@ -43,7 +43,7 @@ class AdapterState:
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
+    merged: bool = False
     disabled: bool = False
     disabled_calls: int = 0
     disabled_blocks: int = 0
@@ -91,10 +91,7 @@ class AdaptedParts(NamedTuple):
 def check_is_module(model: object) -> None:
     """Raise an error if a model is not a module."""
     if not isinstance(model, nn.Module):
-        name = type(model).__name__
-        hint = " Adapt the model before torch.export." if name == "ExportedProgram" else ""
-        hint = hint or (" Pass one of its parts, such as pipe.unet." if name.endswith("Pipeline") else "")
-        raise AdapterError(f"`model` must be a torch.nn.Module, got {name}.{hint}")
+        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
 
 
 def collect_parts(model: nn.Module) -> AdaptedParts:
@@ -141,7 +138,7 @@ def root_of(model: nn.Module, parts: AdaptedParts | None = None) -> tuple[nn.Mod
 def check_unmerged(state: AdapterState) -> None:
     """Check that no adapter is merged."""
     if state.merged:
-        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
+        raise AdapterError(f"adapters {list(state.active)} are merged into the weights. Call unmerge_adapter first.")
 
 
 def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:

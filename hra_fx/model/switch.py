@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
@@ -40,9 +39,6 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         AdapterError: the model has no such adapter; adapters are merged; two of the adapters have trained copies of the
             same module; or the trained copies of a sharded or offloaded model would need to be switched.
 
-    Warns:
-        HRAWarning: `model` is wrapped in `DistributedDataParallel` and other parameters become trainable.
-
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
         >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]), "en")
@@ -58,22 +54,10 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
     check_copies(root, names)
     check_copies_can_switch(root, parts, () if state.disabled_blocks else names)
     reshard(parts.modules)
-    wrapped = isinstance(model, DistributedDataParallel)
-    before = _trainable(model) if wrapped else set()
     with _LOCK:
         if not state.disabled_blocks:
             state.disabled_calls = 0
         activate(parts, state, names, trainable=not inference_mode)
-    if wrapped and (new := sorted(_trainable(model) - before)):
-        text = (
-            f"{new[0]} became trainable after DistributedDataParallel wrapped the model. If it was not trainable then, "
-            "its gradient is not synchronized. Wrap the model again: DistributedDataParallel(wrapper.module)."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=2)
-
-
-def _trainable(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 class disable_adapters:

@@ -176,9 +176,8 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     state.layers = tuple(parts.layers)
     state.disabled = bool(state.disabled_calls or state.disabled_blocks)
     acting = () if state.disabled else state.active
-    unmerged = tuple(name for name in acting if name not in state.merged)
     for adapters in parts.adapters:
-        adapters.set_active(name for name in unmerged if name in adapters.specs)
+        adapters.set_active(name for name in acting if name in adapters.specs and not state.merged)
     for owner, copies in parts.copies:
         copies.use(owner, copies.wanted(acting))
 

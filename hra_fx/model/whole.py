@@ -83,9 +83,6 @@ def _states(module: nn.Module) -> Iterator[tuple[str, str, str]]:
             yield "empty", "its vectors are sharded and on the meta device", _EMPTY
         if any(map(is_trained_by_zero, module.parameters())):
             yield "trained", "DeepSpeed already trains its vectors", _INITIALIZED
-    hook = offloading_hook(module)
-    if hook is not None and hook.place_submodules and any(isinstance(m, HouseholderAdapters) for m in module.modules()):
-        yield "offloaded", "accelerate offloads it as a whole (preload_module_classes)", _HOOKS
     adapters, copies = get_adapters(module), get_copies(module)
     if adapters is None and copies is None:
         return

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from hra_fx.compat import is_compiled_module, is_split_by_transformers
 from hra_fx.config import HRAConfig
-from hra_fx.errors import HRAWarning, UnsupportedLayerError
-from hra_fx.layers.accelerate_hooks import has_class_forward, is_hooked, offloading_hook
+from hra_fx.errors import UnsupportedLayerError
+from hra_fx.layers.accelerate_hooks import has_class_forward, offloading_hook
 from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.sharding import SPLIT, is_dtensor, sharded_by
 from hra_fx.layers.target import full_shape, held_weight, weight_entry, weight_place, width_of
 from hra_fx.layers.trained_copies import get_copies
-from hra_fx.patterns import matches_rank
 from hra_fx.selection.select import Modules, once, select, walk
-from hra_fx.selection.suggestions import some_of
 from hra_fx.selection.tied import how_to_untie, tied_to
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,7 +47,6 @@ def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None 
         also = f" Also unsupported: {', '.join(others)}." if others else ""
         class_name = type(layers[first]).__name__
         raise UnsupportedLayerError(f"{first} ({class_name}): {unsupported[first]}.{also}")
-    _warn_about_unused_patterns(config, list(layers))
     return layers
 
 
@@ -81,30 +74,13 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
 
     `is_around` says whether the module is a parent of a selected layer.
     """
-    if is_hooked(module) and isinstance(module, fx.GraphModule):
-        return (
-            "it is a GraphModule, and accelerate added its hook to the class, which the graph replaces. Call "
-            "accelerate.hooks.remove_hook_from_submodules(model) first, and dispatch the model again afterwards"
-        )
-    if (hook := offloading_hook(module)) is not None and hook.place_submodules:
-        return (
-            "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was "
-            "offloaded. Leave out preload_module_classes, or call "
-            "accelerate.hooks.remove_hook_from_submodules(model) first"
-        )
     if tool := sharded_by(module):
         return f"{tool} has already sharded it and ignores parameters that are added later. Adapt the model first"
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return (
-            "DistributedDataParallel does not synchronize parameters that are added later. Adapt the model first, then "
-            "wrap it"
-        )
+        return "DistributedDataParallel does not synchronize parameters that are added later. Adapt the model first"
     if is_around and (isinstance(module, nn.DataParallel) or is_compiled_module(module)):
         wrapper = "DataParallel" if isinstance(module, nn.DataParallel) else "torch.compile"
-        return (
-            f"{wrapper} adds a prefix to the names of parameters, so a saved adapter would not load elsewhere. Adapt "
-            "the model first, then wrap it"
-        )
+        return f"{wrapper} adds a prefix to the names of parameters. Adapt the model first, then wrap it"
     return None
 
 
@@ -112,10 +88,7 @@ def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None
     """Return why this layer cannot be adapted, or `None`; without the final period."""
     if is_dtensor(held_weight(layer)) or is_split_by_transformers(layer):
         return SPLIT
-    problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
-    if problem and isinstance(layer, ExpertsWeight):
-        problem += " (for experts, with longer names in `target_parameters`)"
-    return problem
+    return _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
 
 
 def _state_problem(layer: nn.Module) -> str | None:
@@ -134,20 +107,13 @@ def _state_problem(layer: nn.Module) -> str | None:
         return None  # It was checked when it got its first adapter.
     if not has_class_forward(layer):
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
-    if original_class(layer).__call__ is not nn.Module.__call__:
-        return f"its class overrides `__call__`, which would bypass the adapter. {_EXCLUDE_IT}"
-    if isinstance(layer, nn.MultiheadAttention) and {layer.kdim, layer.vdim} != {layer.embed_dim}:
-        return (
-            "its `kdim` or `vdim` differs from `embed_dim`, so query, key and value do not have a joint weight. "
-            f"{_EXCLUDE_IT} and target its `out_proj`"
-        )
     return None
 
 
 def _weight_problem(layer: nn.Module) -> str | None:
-    owner, weight = weight_place(layer)[0], held_weight(layer)
+    (owner, name), weight = weight_place(layer), held_weight(layer)
     if weight is None or is_lazy(weight):
-        return "its weight is not initialized. Run the model once first"
+        return f"it has no `{name}`, or it is not initialized. Run the model once first, or {_EXCLUDE}"
     if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):
         return f"accelerate offloads its quantized weight. Load the model without offloading this layer, or {_EXCLUDE}"
     if scheme := quant_scheme_of(layer):
@@ -156,11 +122,9 @@ def _weight_problem(layer: nn.Module) -> str | None:
         found = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
         return f"its weight must be a plain floating-point tensor, got {found}. {_EXCLUDE_IT}"
     shape = tuple(full_shape(weight))
-    if not math.prod(shape):
-        return f"its weight is empty, got shape {shape}. {_EXCLUDE_IT}"
     expected = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else shape
-    if shape != expected:
-        return f"its weight must have shape {expected}, got {shape} (packed?). {_EXCLUDE_IT}"
+    if shape != expected or 0 in shape:
+        return f"its weight must not be packed or empty: expected shape {expected}, got {shape}. {_EXCLUDE_IT}"
     return None
 
 
@@ -172,11 +136,3 @@ def _rank_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
         f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer, got {rank}. "
         f"Lower `r`, set `apply_GS=False`, or {_EXCLUDE}"
     )
-
-
-def _warn_about_unused_patterns(config: HRAConfig, paths: Sequence[str]) -> None:
-    unused = [pattern for pattern in config.rank_pattern if not any(matches_rank(pattern, path) for path in paths)]
-    if unused:
-        names = ", ".join(map(repr, unused))
-        text = f"rank_pattern: {names} matches none of the adapted layers, which are {some_of(paths, 3)}."
-        warnings.warn(text, HRAWarning, stacklevel=3)

@@ -1,19 +1,16 @@
-"""The origin of a model: its class, name, configuration and output layer, and the default targets of its model type.
+"""Facts about a model that a graph of it keeps, and the default targets of its model type.
 
-A graph stores these facts about the model that it was traced from, because a `GraphModule` has another class and does
-not have these attributes. `target_modules="all-linear"`, the defaults of a model type and adapter files depend on them.
+`target_modules="all-linear"`, the defaults and adapter files depend on them.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.compat import KEPT_ATTRIBUTES
+from hra_fx.compat import KEPT_ATTRIBUTES, loaded_class
 from hra_fx.layers.class_swap import original_class
 
 _KEY = "_hra_origin"
@@ -26,39 +23,30 @@ class Origin:
     Attributes:
         class_name, library: the name of its class, and the module that defines the class.
         is_pretrained: whether it is a transformers model.
-        name: its name or folder.
-        config: its configuration, or `None`.
+        name: its name or folder, or `None`.
+        model_type: that of its configuration, or `None`.
         output: the path of its output layer, or `None`.
     """
 
     class_name: str
     library: str
-    is_pretrained: bool = False
-    name: str | None = None
-    config: Any = None
-    output: str | None = None
+    is_pretrained: bool
+    name: str | None
+    model_type: str | None
+    output: str | None
 
 
 def origin_of(model: nn.Module) -> Origin:
     """The facts about a model, or about the model that a graph was traced from."""
-    if isinstance(model, fx.GraphModule):
-        known = vars(model).get(_KEY)
-        if isinstance(known, Origin):
-            return known
+    if isinstance(known := vars(model).get(_KEY), Origin):
+        return known
     cls, name = original_class(model), getattr(model, "name_or_path", None)
-    # If transformers is not loaded, no object has its classes.
-    pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    is_pretrained = pretrained is not None and isinstance(model, pretrained)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    is_pretrained = isinstance(model, loaded_class("transformers.modeling_utils", "PreTrainedModel"))
     head = getattr(model, "get_output_embeddings")() if is_pretrained else None  # noqa: B009  (typed as a tensor)
     output = None if head is None else next((path for path, part in model.named_modules() if part is head), None)
-    return Origin(
-        cls.__name__,
-        cls.__module__,
-        is_pretrained,
-        name if isinstance(name, str) else None,
-        getattr(model, "config", None),
-        output,
-    )
+    name, model_type = (text if isinstance(text, str) else None for text in (name, model_type))
+    return Origin(cls.__name__, cls.__module__, is_pretrained, name, model_type, output)
 
 
 def keep_origin(graph: fx.GraphModule, origin: Origin) -> None:

@@ -16,7 +16,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, is_transposed, stacked_parameters
 from hra_fx.layers.target import SAVED
-from hra_fx.selection.suggestions import format_names, suggestion
+from hra_fx.selection.suggestions import available, format_names
 
 
 def targeted_parameters(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
@@ -57,8 +57,7 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
         )
     for name in names:
         if not any(matches_parameter([name], known) for known in stacked):
-            hint = suggestion([name], list(stacked))
-            return f"`target_parameters`: {name!r} matches no 3-D parameter. {hint} Layers go into `target_modules`."
+            return f"`target_parameters`: {name!r} matches no 3-D parameter. {available(stacked)}"
     for known, owner in stacked.items():
         if matches_parameter(names, known) and is_transposed(owner) is None:
             return (

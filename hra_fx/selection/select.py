@@ -25,7 +25,7 @@ from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import parameters_hint, parameters_problem, targeted_parameters
-from hra_fx.selection.suggestions import format_names, leaf_names, some_of, suffixes, suggestion
+from hra_fx.selection.suggestions import available, format_names, some_of, suffixes
 
 #: Path -> module, without modules that adapters added. The model is "", and a shared module has all of its paths.
 Modules: TypeAlias = Mapping[str, nn.Module]
@@ -212,29 +212,20 @@ def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[st
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:
     """The output embedding of a transformers model, or its head for the task SEQ_CLS; None for other models."""
     origin = origin_of(model)
-    if not origin.is_pretrained:
-        return None
-    if origin.output is None and config.task_type == "SEQ_CLS":
-        heads = (getattr(model, name, None) for name in _HEADS)
-        return next((head for head in heads if head is not None), None)
-    return None if origin.output is None else model.get_submodule(origin.output)
+    if origin.output is not None:
+        return model.get_submodule(origin.output)
+    heads = _HEADS if origin.is_pretrained and config.task_type == "SEQ_CLS" else ()
+    return next((head for name in heads if (head := getattr(model, name, None)) is not None), None)
 
 
 def _default_targets(model: nn.Module, modules: Modules) -> tuple[str, ...] | str:
-    model_type = _model_type(model)
+    model_type = origin_of(model).model_type
     if model_type in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[model_type]
-    what = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no `config.model_type`"
-    names = leaf_names(_adaptable_in(modules))
-    layers = f"Its layers are called {names}" if names else "It has no layer that can be adapted"
-    raise SelectionError(f"`target_modules` must be set: there is no default for {what}. {layers}.")
-
-
-def _model_type(model: nn.Module) -> str:
-    """`model.config.model_type`, or "". The config may be an object or a mapping."""
-    config = origin_of(model).config
-    found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-    return found if isinstance(found, str) else ""
+    raise SelectionError(
+        f"`target_modules` must be set: there is no default for {type(model).__name__} (model_type {model_type!r}). "
+        f"{available(_adaptable_in(modules))}"
+    )
 
 
 def _adaptable_in(modules: Modules) -> list[str]:
@@ -247,8 +238,7 @@ def _adaptable_in(modules: Modules) -> list[str]:
 def _check_saved(chosen: Modules, saved: Modules, config: HRAConfig, modules: Modules) -> None:
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in saved):
-            hint = suggestion([name], list(modules))
-            raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {hint}")
+            raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {available(modules)}")
     for path, layer in chosen.items():
         if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
             is_experts = isinstance(layer, ExpertsWeight)  # `exclude_modules` does not restrict these
@@ -262,48 +252,49 @@ def _check_saved(chosen: Modules, saved: Modules, config: HRAConfig, modules: Mo
 
 def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> None:
     """Warn about names in `target_modules` and about `exclude_modules` that match no module."""
-    names, excluded, class_name = config.target_modules, config.exclude_modules, type(model).__name__
+    names, excluded = config.target_modules, config.exclude_modules
     if excluded and not any(_matches(excluded, path) for path in modules):
-        hint = suggestion(excluded, list(modules))
-        text = f"`exclude_modules={format_names(excluded)}` matches no module. {hint}"
+        text = f"`exclude_modules={format_names(excluded)}` matches no module. {available(modules)}"
         warnings.warn(text, HRAWarning, stacklevel=4)
     # A saved adapter may list the default names of its architecture, but a model may have only some of them.
     listed = set() if names is None or isinstance(names, str) or config.inference_mode else set(names)
-    for name in sorted(listed - {suffix for path in modules for suffix in suffixes(path)}):
-        hint = parameters_hint(model, names=[name]) or suggestion([name], _adaptable_in(modules))
-        text = f"`target_modules`: the entry {name!r} matches no module of {class_name}. {hint}"
+    if unmatched := listed - {suffix for path in modules for suffix in suffixes(path)}:
+        hint = parameters_hint(model, names=unmatched) or available(_adaptable_in(modules))
+        text = f"`target_modules`: {format_names(unmatched)} match no module of {type(model).__name__}. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=4)
 
 
 def _check_types(chosen: Modules, modules: Modules) -> None:
-    wrong = {path: module for path, module in chosen.items() if find_kind(module) is None}
-    if not wrong:
+    """Raise an error that names each kind of module that cannot be adapted, and a list of names that can."""
+    kinds: dict[tuple[type, str], str] = {}  # class and name, without the number of a block -> the first path
+    for path, module in chosen.items():
+        if find_kind(module) is None:
+            name = path.rpartition(".")[2]
+            kinds.setdefault((type(module), "" if name.isdigit() else name), path)
+    if not kinds:
         return
-    kinds = {type(module): type(module).__module__.startswith("torch.ao.") * "torch.ao " for module in wrong.values()}
-    named = some_of([f"{path} ({kinds[type(module)]}{type(module).__name__})" for path, module in wrong.items()])
-    hints = (parameters_hint(module, path) for path, module in wrong.items())
-    hint = next(filter(None, hints), None) or "Remove them from `target_modules`, or use `exclude_modules`."
+    named = ", ".join(f"{path} ({cls.__name__})" for (cls, _), path in kinds.items())
+    wrong = [path for path, module in chosen.items() if find_kind(module) is None]
     inside = tuple(f"{path}." for path in wrong)
-    if layers := [path for path in _adaptable_in(modules) if path.startswith(inside)]:
-        hint = f"Use the names of layers in them: {some_of(layers, 4)}."
+    others = {path.rpartition(".")[2] for path, module in modules.items() if not find_kind(module)}
+    layers = [path for path in _adaptable_in(modules) if path in chosen or path.startswith(inside)]
+    names = list(dict.fromkeys(path if (name := path.rpartition(".")[2]) in others else name for path in layers))
+    hints = (parameters_hint(modules[path], path) for path in wrong)
+    hint = f"Use target_modules={names}." if names else next(filter(None, hints), "Remove them, or exclude them.")
     raise SelectionError(f"`target_modules` matches {named}, but only {_SUPPORTED} can be adapted. {hint}")
 
 
 def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     """The message for a configuration that does not select any module."""
     class_name, layers = type(model).__name__, _adaptable_in(modules)
-    if find_kind(model):
-        return f"The model itself is a layer ({class_name}), and only layers inside a model can be adapted. Wrap it."
     if not layers:
-        return f"{class_name} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
+        return f"{class_name} contains no layer that can be adapted. Supported layers: {_SUPPORTED}."
     targets = resolve_targets(model, config, modules)
     shown = f"`target_modules={format_names(targets if config.target_modules is None else config.target_modules)}`"
-    if not targets:
-        return f"{shown} is empty. The layers of {class_name} are called {leaf_names(layers)}."
     matched = [path for path in once(modules) if _matches(targets, path)]
     if not matched:
         hint = parameters_hint(model, names=[targets] if isinstance(targets, str) else targets)
-        return f"{shown} matches no module of {class_name}. {hint or suggestion(targets, layers)}"
+        return f"{shown} matches no module of {class_name}. {hint or available(layers)}"
     given = {name: getattr(config, name) for name in _EXCLUDING}
     fields = " and ".join(f"{name}={value!r}" for name, value in given.items() if value not in (None, [], ""))
     return f"{shown} matches {some_of(matched, 1)}, but none is left after {fields}."

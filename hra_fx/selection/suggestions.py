@@ -1,8 +1,7 @@
-"""Suggest names in the error messages of the selection."""
+"""Format names in the error messages of the selection."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Sequence
 
 _SHOWN = 8
@@ -14,20 +13,6 @@ def suffixes(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def suggestion(names: Collection[str] | str, paths: Iterable[str]) -> str:
-    """Return a sentence that helps to correct `names`, which do not match any of `paths`."""
-    known = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if path))
-    given = [names] if isinstance(names, str) else sorted(names)[:_SHOWN]
-    near = dict.fromkeys(guess for name in given for guess in difflib.get_close_matches(name, known))
-    if isinstance(names, str):
-        rule, guesses = "A str must match the full path as a regex. ", [f"[{guess!r}]" for guess in near]
-    else:
-        rule, guesses = "", [repr(guess) for guess in near]
-    if not near:
-        return f"{rule}Available names: {leaf_names(known)}. A list contains names or ends of paths, not regexes."
-    return f"{rule}Did you mean {' or '.join(guesses[:_SHOWN])}?"
-
-
 def some_of(names: Sequence[str], shown: int = _SHOWN) -> str:
     """Format the first of several names, and the number of other names.
 
@@ -37,11 +22,15 @@ def some_of(names: Sequence[str], shown: int = _SHOWN) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def leaf_names(paths: Iterable[str]) -> str:
-    """The distinct last components of paths, in order, with block numbers at the end."""
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-    names.sort(key=str.isdigit)
-    return some_of([repr(name) for name in names])
+def available(paths: Iterable[str]) -> str:
+    """A sentence with the distinct last components of paths, in order, with block numbers at the end.
+
+    >>> available(["layers", "layers.0", "layers.0.q"])
+    "Available names: 'layers', 'q', '0'. A list has names or ends of paths, and a str is a regex for whole paths."
+    """
+    names = sorted(dict.fromkeys(path.rpartition(".")[2] for path in paths if path), key=str.isdigit)
+    shown = some_of([repr(name) for name in names])
+    return f"Available names: {shown}. A list has names or ends of paths, and a str is a regex for whole paths."
 
 
 def format_names(names: Collection[str] | Collection[int] | str | int | None) -> str:

@@ -32,8 +32,7 @@ def classes_of(model: nn.Module) -> dict[str, str]:
 def _box(path: str, layer: AdaptedLayer, state: AdapterState | None) -> Leaf:
     reflection, used = layer.hra_u, layer.hra_u.active
     if state is not None and reflection.unmerged is not None:  # merged adapters are also in use
-        held = {*reflection.active, *state.merged}
-        used = tuple(name for name in state.active if name in held and name in reflection)
+        used = tuple(name for name in state.active if name in reflection)
     return Leaf(
         name=name_of(path),
         detail=describe_module(layer),

@@ -96,9 +96,9 @@ def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("-t q_proj -t vproj", "warning: `target_modules`: the entry 'vproj' matches no module of Llama"),
+        ("-t q_proj -t vproj", "warning: `target_modules`: ['vproj'] match no module of Llama"),
         ("-t q_proj -x nothing", "warning: `exclude_modules=['nothing']` matches no module"),
-        ("-t qproj", "does not match: `target_modules=['qproj']` matches no module of LlamaForCausalLM. Did you"),
+        ("-t qproj", "does not match: `target_modules=['qproj']` matches no module of LlamaForCausalLM. Avail"),
     ],
 )
 def test_warnings_and_configurations_that_do_not_match(shelf: Shelf, words: str, said: str) -> None:

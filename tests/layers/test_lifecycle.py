@@ -162,7 +162,7 @@ def test_two_adapters_are_applied_in_the_given_order_and_one_is_folded(case: Cas
     assert_same(case.run(model), case.run(base), rtol=1e-14)
     hra_fx.set_adapter(model, ["default", "other"])
     wanted = case.dense(base, model, "default", "other")
-    hra_fx.fold(model, "default")
+    hra_fx.fold(model)
     assert_same(case.run(model), wanted)
 
 

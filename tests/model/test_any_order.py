@@ -61,7 +61,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.plain = net().requires_grad_(False)
         self.adapters: dict[str, Adapter] = {}
         self.active: list[str] = []
-        self.merged: list[str] = []
+        self.merged = False
         self.disabled = False
         self.seed = 0
         for kind in kinds[:3]:
@@ -116,7 +116,7 @@ class AnyOrder(RuleBasedStateMachine):
         name = next(name for name in "abcd" if name not in self.adapters)
         made = config(*layers, **KINDS[kind])
         add = hra_fx.add_adapter if self.adapters else lambda model, name, made: hra_fx.transform(model, made, name)
-        if not self.do(lambda: add(self.model, name, made), context, refused=bool(self.merged)):
+        if not self.do(lambda: add(self.model, name, made), context, refused=self.merged):
             return
         if not self.adapters:
             self.active, self.disabled = [name], False
@@ -132,7 +132,7 @@ class AnyOrder(RuleBasedStateMachine):
         """Also inside of a block in which the base model acts."""
         names = data.draw(st.lists(st.sampled_from(sorted(self.adapters)), unique=True))
         inside = inside and not self.merged
-        disabled, refused = self.disabled, bool(self.merged) or self.conflict(names)
+        disabled, refused = self.disabled, self.merged or self.conflict(names)
         with hra_fx.disable_adapters(self.model) if inside else nullcontext():
             self.disabled = disabled or inside
             if self.do(lambda: hra_fx.set_adapter(self.model, names), context, refused=refused):
@@ -145,32 +145,29 @@ class AnyOrder(RuleBasedStateMachine):
     def scale(self, data: st.DataObject, scale: float, context: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.adapters)))
         scale = 0.0 if self.adapters[name].apply_GS and scale == 0.4 else scale  # a half turn has two paths
-        refused = bool(self.merged) or (self.adapters[name].r % 2 == 1 and scale != 1)
+        refused = self.merged or (self.adapters[name].r % 2 == 1 and scale != 1)
         if self.do(lambda: hra_fx.set_scale(self.model, name, scale), context, refused=refused):
             self.adapters[name].scale = scale
 
     @precondition(lambda self: self.adapters and not self.disabled)
-    @rule(data=st.data(), context=contexts)
-    def merge(self, data: st.DataObject, context: str) -> None:
-        names = self.active[: data.draw(st.integers(0, len(self.active)))]
-        refused = not names or bool(self.merged)
-        if self.do(lambda: hra_fx.merge_adapter(self.model, names), context, refused=refused):
-            self.merged = names
+    @rule(context=contexts)
+    def merge(self, context: str) -> None:
+        refused = not self.active or self.merged
+        self.merged = self.do(lambda: hra_fx.merge_adapter(self.model), context, refused=refused) or self.merged
 
     @precondition(lambda self: self.merged)
     @rule(context=contexts)
     def unmerge(self, context: str) -> None:
         self.do(lambda: hra_fx.unmerge_adapter(self.model), context)
-        self.merged = []
+        self.merged = False
 
     @precondition(lambda self: self.adapters and not self.disabled)
-    @rule(data=st.data(), context=contexts, everything=st.booleans())
-    def fold(self, data: st.DataObject, context: str, everything: bool) -> None:
-        """Some adapters, or the active ones while the others are removed."""
-        names = list(self.active) if everything else self.active[: data.draw(st.integers(0, len(self.active)))]
-        wanted = {layer: self.weight(layer, names).detach() for layer in LAYERS}
-        head = self.heads(names)
-        if not self.do(lambda: hra_fx.fold(self.model, None if everything else names), context, refused=not names):
+    @rule(context=contexts)
+    def fold(self, context: str) -> None:
+        """The active adapters, while the others are removed."""
+        wanted = {layer: self.weight(layer, self.active).detach() for layer in LAYERS}
+        head = self.heads(self.active)
+        if not self.do(lambda: hra_fx.fold(self.model), context, refused=not self.active):
             return
         for layer, weight in wanted.items():
             found = self.model.get_submodule(layer)._parameters["weight"].detach()
@@ -178,16 +175,14 @@ class AnyOrder(RuleBasedStateMachine):
             self.plain.get_submodule(layer).weight.detach().copy_(found)
         for key, value in head.items():
             self.plain.get_parameter(key).detach().copy_(value.detach())
-        for name in list(self.adapters) if everything else names:
-            self.remove(name)
-        self.merged = []
+        self.adapters, self.active, self.merged = {}, [], False
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), context=contexts)
     def delete(self, data: st.DataObject, context: str) -> None:
         name = data.draw(st.sampled_from(sorted(self.adapters)))
         was_alone = self.active == [name]
-        if self.do(lambda: hra_fx.delete_adapter(self.model, name), context, refused=bool(self.merged)):
+        if self.do(lambda: hra_fx.delete_adapter(self.model, name), context, refused=self.merged):
             self.remove(name)
             if was_alone and self.adapters:
                 self.active = [next(iter(self.adapters))]
@@ -202,7 +197,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def disable(self) -> None:
         """Until an adapter is set. Nothing is merged or folded while the base model acts."""
-        if not self.do(lambda: hra_fx.disable_adapters(self.model), "plain", refused=bool(self.merged)):
+        if not self.do(lambda: hra_fx.disable_adapters(self.model), "plain", refused=self.merged):
             return
         self.disabled = True
         for act in (hra_fx.merge_adapter, hra_fx.fold):
@@ -231,7 +226,7 @@ class AnyOrder(RuleBasedStateMachine):
     def train(self) -> None:
         """The gradients, which belong to what acts at its full scale and is not merged, and a step along them."""
         names = [] if self.disabled else self.active
-        trained = [name for name in names if name not in self.merged and self.adapters[name].scale == 1]
+        trained = [name for name in names if not self.merged and self.adapters[name].scale == 1]
         keys = [f"{layer}.hra_u.{name}" for name in trained for layer in self.adapters[name].layers]
         head = self.heads(names)
         for value in head.values():
@@ -256,7 +251,7 @@ class AnyOrder(RuleBasedStateMachine):
         wanted = self.wanted().detach()
         with torch.no_grad():
             assert relative_error(self.model(X), wanted) < 1e-8
-        merged = [] if self.disabled else self.merged
+        merged = self.active if self.merged and not self.disabled else []
         for layer in LAYERS:
             weight = self.model.get_submodule(layer)._parameters["weight"]
             base = self.plain.get_submodule(layer).weight

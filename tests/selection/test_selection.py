@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import warnings
 from collections import OrderedDict
@@ -12,12 +13,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from adapting import config
-from named_models import Nested, built, tiny_bert, tiny_opt, tiny_vit
+from named_models import Nested, built, tiny_bert, tiny_llama, tiny_opt, tiny_vit
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from refusals import mlp, refused
-from tiny import mixtral
+from tiny import mixtral, t5
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -27,27 +27,41 @@ from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
 from hra_fx.selection.origin import DEFAULT_TARGETS
 from hra_fx.selection.select import select
 
+NAMES = "Available names: 'query', 'key', 'value', 'dense', 'classifier'. A list has names or ends of paths, and a str"
 #: Model, fields of the configuration, and a part of the error.
 MESSAGES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
-    (tiny_bert, {"target_modules": ["qeury"]}, "`target_modules=['qeury']` matches no module of BertForSequenceClassi"),
-    (tiny_bert, {"target_modules": ["qeury"]}, "Did you mean 'query'?"),
-    (tiny_bert, {"target_modules": "qeury"}, "Did you mean ['query']?"),
-    (tiny_bert, {"target_modules": "query"}, "A str must match the full path as a regex. Did you mean ['query']?"),
-    (tiny_bert, {"target_modules": [".*(k|v)"]}, "Available names: 'query', 'key', 'value', 'dense', 'classifier'. A"),
+    (
+        tiny_bert,
+        {"target_modules": ["qeury"]},
+        f"=['qeury']` matches no module of BertForSequenceClassification. {NAMES}",
+    ),
+    (
+        tiny_bert,
+        {"target_modules": "query"},
+        "`target_modules='query'` matches no module of BertForSequenceClassificati",
+    ),
     (
         tiny_bert,
         {"target_modules": []},
-        "`target_modules=[]` is empty. The layers of BertForSequenceClassification",
+        f"`target_modules=[]` matches no module of BertForSequenceClassification. {NAMES}",
     ),
-    (Nested, {}, "must be set: there is no default for Nested, which has no `config.model_type`. Its layers are"),
-    (tiny_vit, {}, "`target_modules` must be set: there is no default for model_type 'vit'. Its layers are"),
-    (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer that can be adapted. Supported layers: nn.Linear, quant"),
+    (Nested, {}, "must be set: there is no default for Nested (model_type None). Available names: "),
+    (tiny_vit, {}, "`target_modules` must be set: there is no default for ViTForImageClassification (model"),
+    (
+        nn.ReLU,
+        {"target_modules": ["q"]},
+        "ReLU contains no layer that can be adapted. Supported layers: nn.Linear, quant",
+    ),
     (tiny_opt, {"layers_to_transform": [7]}, "v_proj and 5 more, but none is left after layers_to_transform=[7]."),
     (Nested, {"target_modules": ["head"], "exclude_modules": "he.*"}, "none is left after exclude_modules='he.*'."),
-    (tiny_bert, {"target_modules": ["attention"]}, "bert.encoder.layer.1.attention (BertAttention), but only nn.Lin"),
-    (tiny_bert, {"target_modules": ["attention"]}, "in them: bert.encoder.layer.0.attention.self.query, bert"),
+    (tiny_bert, {"target_modules": ["attention"]}, "bert.encoder.layer.0.attention (BertAttention), but only nn.Lin"),
+    (
+        tiny_bert,
+        {"target_modules": ["attention"]},
+        "can be adapted. Use target_modules=['query', 'key', 'value', 'dense'].",
+    ),
     (Nested, {"target_modules": ["embed"]}, "matches embed (Embedding), but only nn.Linear"),
-    (tiny_bert, {"modules_to_save": ["clasifier"]}, "there is no module 'clasifier'. Did you mean 'classifier'?"),
+    (tiny_bert, {"modules_to_save": ["clasifier"]}, "there is no module 'clasifier'. Available names: 'bert', 'em"),
     (
         Nested,
         {"target_modules": ["sub_head"], "modules_to_save": ["head"]},
@@ -79,12 +93,10 @@ def warned(model: nn.Module, **fields: Any) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_each_name_that_matches_nothing_is_warned_about_once() -> None:
+def test_the_names_that_match_nothing_are_warned_about() -> None:
     model = built(tiny_bert)
-    assert warned(model, target_modules=["query", "valeu", "kye"]) == [
-        "`target_modules`: the entry 'kye' matches no module of BertForSequenceClassification. Did you mean 'key'?",
-        "`target_modules`: the entry 'valeu' matches no module of BertForSequenceClassification. Did you mean 'value'?",
-    ]
+    (warning,) = warned(model, target_modules=["query", "valeu", "kye"])
+    assert warning.startswith(f"`target_modules`: ['kye', 'valeu'] match no module of {type(model).__name__}. {NAMES}")
     # No warning for a name that matches a layer, even if another field excludes this layer.
     quiet = {"exclude_modules": ["value"], "modules_to_save": ["classifier"], "layers_to_transform": [0]}
     assert warned(model, target_modules=["query", "value", "classifier"], **quiet) == []
@@ -92,6 +104,25 @@ def test_each_name_that_matches_nothing_is_warned_about_once() -> None:
     assert warned(built(Nested), target_modules=["layers.1.seq", "encoder.again.seq"]) == []  # one layer
     # No warning for a saved adapter, which may list the default names of its architecture.
     assert warned(model, target_modules=["query", "valeu"], inference_mode=True) == []
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_opt, tiny_vit, t5])
+def test_a_regex_for_whole_blocks_names_each_kind_of_module_and_a_list_that_works(
+    make: Callable[[], nn.Module],
+) -> None:
+    model = built(make)
+    with pytest.raises(SelectionError) as caught:
+        select(model, HRAConfig(target_modules=r".*\.(layers?|block)\.\d+\..*"))
+    text = str(caught.value)
+    blocks = [module for path, module in model.named_modules() if re.search(r"\.(layers?|block)\.\d+\.", path)]
+    other = {type(module).__name__ for module in blocks if not isinstance(module, nn.Linear)}
+    assert other and all(f" ({name})" in text for name in other)
+    names = ast.literal_eval(text.partition("Use target_modules=")[2].rstrip("."))
+    assert select(model, HRAConfig(target_modules=names)).items() >= {
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(module is block for block in blocks)
+    }
 
 
 EXPERTS = "`target_modules` does not select 3-D parameters. Use target_parameters="
@@ -106,8 +137,7 @@ def test_names_of_parameters_in_target_modules_get_a_hint() -> None:
         f"{EXPERTS}['experts.gate_up_proj', 'experts.down_proj']."
     )
     assert warned(mixtral(), target_modules=["q_proj", "gate_up_proj"]) == [
-        "`target_modules`: the entry 'gate_up_proj' matches no module of MixtralForCausalLM. "
-        f"{EXPERTS}['experts.gate_up_proj']."
+        f"`target_modules`: ['gate_up_proj'] match no module of MixtralForCausalLM. {EXPERTS}['experts.gate_up_proj']."
     ]
     with pytest.raises(SelectionError, match=re.escape(f"{EXPERTS}['experts.gate_up_proj', ")):
         select(mixtral(), HRAConfig(target_modules=["experts"]))
@@ -129,13 +159,6 @@ def test_modules_of_another_adapter_are_not_selected() -> None:
 
 
 # ---- layers and models that cannot be adapted: the error, and that the model is unchanged ----
-
-
-class OwnCall(nn.Linear):
-    """Bypasses forward."""
-
-    def __call__(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight)
 
 
 def with_layer(layer: nn.Module) -> nn.Sequential:
@@ -168,7 +191,6 @@ class Marked(Tensor):
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "instance forward": (with_instance_forward, "its `forward` is set on the instance", "Delete it, or exclude"),
     "old tp_plan": (with_old_tp_plan, "tensor parallelism splits its weight", "Train with FSDP2 or DDP"),
-    "own call": (lambda: OwnCall(6, 6), "its class overrides `__call__`", "`exclude_modules`"),
     "LazyLinear": (lambda: nn.LazyLinear(6), "not initialized", "Run the model once first"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
@@ -186,7 +208,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "its weight must be a plain floating-point tensor, got Marked",
         "Exclude the layer",
     ),
-    "packed": (lambda: with_weight(torch.ones(18, 2)), "must have shape (6, 6), got (18, 2)", "Exclude the layer"),
+    "packed": (
+        lambda: with_weight(torch.ones(18, 2)),
+        "packed or empty: expected shape (6, 6), got (18, 2)",
+        "Exclude the layer",
+    ),
 }
 
 

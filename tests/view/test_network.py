@@ -127,7 +127,7 @@ def test_a_merged_adapter_is_shown_as_active_and_a_disabled_one_is_not(tmp_path:
     assert "r 6 · d 12" in before
     with hra_fx.disable_adapters(model):
         assert picture().count(">no active adapter<") == 2
-    hra_fx.merge_adapter(model, ["default"])
+    hra_fx.merge_adapter(model)
     assert picture() == before
 
 

@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "no data": (lambda: Packed(nn.Linear(64, 32)).to("meta"), r"0 \(Packed\): calling it with \(4, 64\) failed"),
     "two inputs": (lambda: TwoInputs(nn.Linear(64, 32)), r"0 \(TwoInputs\): its forward takes more than one input"),
-    "a module around a layer": (wrapper, r".*Use the names of layers in them: 0\.0\."),
+    "a module around a layer": (wrapper, r".*Use target_modules=\['0\.0'\]\."),
     "HQQ, not quantized yet": (
         lambda: HQQLinear(nn.Linear(64, 32), BaseQuantizeConfig(), device="cpu", initialize=False),
         r".*matches 0 \(HQQLinear\)",
@@ -108,7 +108,7 @@ def test_layers_of_torch_ao() -> None:
         warnings.simplefilter("ignore")  # torch.ao's quantization is deprecated
         model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 4)), {nn.Linear})
     message = refused(model, config("0"), SelectionError)
-    assert message.startswith("`target_modules` matches 0 (torch.ao Linear), but only nn.Linear, quantized")
+    assert message.startswith("`target_modules` matches 0 (Linear), but only nn.Linear, quantized")
 
 
 def test_all_linear_selects_layers_of_known_libraries_only() -> None:
