@@ -21,6 +21,7 @@ from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_lay
 from hra_fx.model.remove import remove_adapters
 from hra_fx.model.setup import checked, put_adapter
 from hra_fx.model.state import adapted_layers, collect_parts, get_state
+from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.select import select, without_unmatched
 
 
@@ -76,8 +77,7 @@ def from_peft(model: nn.Module) -> Any:
         adapted.set_adapter(active)
         undo.pop_all()
     theirs.update(configs)  # PEFT's functions raise an error for configurations of hra_fx
-    for name, is_trained in trained.items():
-        adapted.set_requires_grad(name, is_trained)
+    set_requires_grad(collect_parts(root), trained)
     if disabled:
         adapted.disable_adapter_layers()
     hand_over(model, root)

@@ -13,18 +13,16 @@ from torch import fx, nn
 
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import transform
+from hra_fx.checkpoint.saving import create_or_update_model_card
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.integrations import pretrained
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
-from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, remove, switch, trainable
 from hra_fx.model.fold import fold
 from hra_fx.model.setup import add_adapter
-from hra_fx.model.state import collect_parts, names_in, root_of
-from hra_fx.model.whole import check_whole
-from hra_fx.removed import removed_method
+from hra_fx.model.state import root_of
 
 #: Packages with classes that have methods with the same names. The methods of `HRAModel` replace these.
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
@@ -51,24 +49,14 @@ class HRAModel(SwapMixin):
 
     # Functions whose first argument is the model.
     get_nb_trainable_parameters = trainable.count_parameters
-    get_layer_status = removed_method("get_layer_status")
-    get_model_status = removed_method("get_model_status")
     delete_adapter = remove.delete_adapter
-    delete_adapters = removed_method("delete_adapters")
-    set_adapters = removed_method("set_adapters")
     enable_adapter_layers = enable_adapters = switch.enable_adapters
     load_adapter = load_adapter
     set_adapter = switch.set_adapter
     unmerge_adapter = merge.unmerge_adapter
     push_to_hub = pretrained.push_to_hub
     save_pretrained = pretrained.save_pretrained
-    create_or_update_model_card = pretrained.create_or_update_model_card
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Raise an error for `HRAModel(...)`. Copying and unpickling call this of a subclass, without arguments."""
-        if cls is HRAModel:
-            raise TypeError("HRAModel cannot be called. Call hra_fx.get_peft_model(model, config).")
-        return super().__new__(cls, *args, **kwargs)
+    create_or_update_model_card = create_or_update_model_card
 
     @property
     def peft_config(self) -> dict[str, HRAConfig]:
@@ -86,16 +74,6 @@ class HRAModel(SwapMixin):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
-    @property
-    def active_peft_config(self) -> HRAConfig:
-        """The configuration of the first active adapter."""
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def peft_type(self) -> str:
-        """Always "HRA"."""
-        return "HRA"
-
     def get_base_model(self) -> nn.Module:
         """The model itself. To get a plain model, call `unload` or `merge_and_unload`."""
         return self
@@ -105,23 +83,9 @@ class HRAModel(SwapMixin):
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    def add_adapter(
-        self, adapter_name: Any = "default", peft_config: Any = None, low_cpu_mem_usage: bool = False
-    ) -> None:
-        """Same as `hra_fx.add_adapter`.
-
-        Call it as `add_adapter(name, config)`, as in PEFT, or as `add_adapter(config, name)`, as in transformers and
-        diffusers.
-        """
-        if not isinstance(adapter_name, str):
-            adapter_name, peft_config = peft_config or "default", adapter_name
+    def add_adapter(self, adapter_name: str, peft_config: HRAConfig, low_cpu_mem_usage: bool = False) -> None:
+        """Same as `hra_fx.add_adapter`."""
         add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
-
-    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        """Make the vectors and trained copies of these adapters trainable, or freeze them. Others are not changed."""
-        parts = collect_parts(self)
-        reshard(parts.modules)
-        trainable.set_requires_grad(parts, dict.fromkeys(names_in(root_of(self)[1], adapter_names), requires_grad))
 
     def disable_adapter(self) -> switch.disable_adapters:
         """Same as `hra_fx.disable_adapters`: `with model.disable_adapter():` runs the base model."""
@@ -131,9 +95,8 @@ class HRAModel(SwapMixin):
         """Disable all adapters until `enable_adapter_layers`."""
         switch.disable_adapters(self).__enter__()
 
-    def disable_adapters(self) -> None:
-        """Same as `disable_adapter_layers`. transformers and diffusers use this name."""
-        self.disable_adapter_layers()
+    #: The name in transformers and diffusers.
+    disable_adapters = disable_adapter_layers
 
     def merge_adapter(self, adapter_names: Iterable[str] | None = None, safe_merge: bool = False) -> None:
         """Same as `hra_fx.merge_adapter`, after `set_adapter(adapter_names)`. It always checks the weights."""
@@ -159,11 +122,11 @@ class HRAModel(SwapMixin):
         Returns:
             The model, now the base model again.
         """
-        state = root_of(self)[1]
-        check_whole(self, "remove its adapters", "modules")
-        if state.merged:
+        if root_of(self)[1].merged:
             merge.unmerge_adapter(self)
-        remove.remove_adapters(self, state, tuple(state.configs))
+        switch.set_adapter(self, [])
+        for name in self.peft_config:
+            remove.delete_adapter(self, name)
         return self
 
     @classmethod
@@ -192,11 +155,8 @@ def check_names(model: nn.Module) -> None:
     refuse_peft_layers(model)
     cls = original_class(model)
     for name in vars(HRAModel):
-        if name.startswith("_"):
-            continue
-        held = any(name in space for space in (model._modules, model._parameters, model._buffers, vars(model)))
-        home = next((base for base in cls.__mro__ if name in vars(base)), None)
-        if held or (home and not f"{home.__module__}.".startswith(_REPLACED)):
+        home = next((f"{base.__module__}." for base in cls.__mro__ if name in vars(base)), "")
+        if not name.startswith("_") and hasattr(model, name) and not home.startswith(_REPLACED):
             raise AdapterError(
                 f"{name}: {cls.__name__} has an attribute of this name, which HRAModel would hide. Rename it, or use "
                 "hra_fx.transform and the functions of hra_fx instead."

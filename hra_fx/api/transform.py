@@ -123,7 +123,7 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     for path, layer in adapted_layers(model).items():
         raise AdapterError(
             f"adapter {adapter_name!r}: {path} already has reflections of {', '.join(layer.hra_u)}, of another name or "
-            "configuration. To add another adapter, call hra_fx.add_adapter. To start from the adapted weights, fold "
-            "first."
+            "configuration. For another configuration, first call hra_fx.delete_adapter(model, "
+            f"{next(iter(layer.hra_u))!r}). To add another adapter, call hra_fx.add_adapter."
         )
     return False

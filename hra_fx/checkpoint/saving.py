@@ -152,7 +152,7 @@ def save_adapters(
         if entries:
             write_weights(folder / "model.safetensors", entries)
         if not (folder / CARD_NAME).exists():
-            write_card(folder, root, {name: config for name, (config, _) in contents.items()})
+            create_or_update_model_card(root, folder)
 
     on_first_rank(shards, write_all)
 
@@ -255,11 +255,12 @@ def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
     return config.auto_mapping or (None if config.task_type else mapping)
 
 
-def write_card(directory: Path, root: Any, configs: Mapping[str, HRAConfig]) -> None:
-    """Write `README.md` for adapters saved in a folder. If it exists, only its metadata is updated."""
+def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
+    """Write the model card of all adapters. If the folder has one, only its metadata is updated."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    path, own = directory / CARD_NAME, original_class(root)
+    root, configs = root_of(model)[0], root_of(model)[1].configs
+    path, own = Path(output_dir, CARD_NAME), original_class(root)
     base = next((name for config in configs.values() if (name := base_model_name(root, config))), None)
     first = "default" if "default" in configs else next(iter(configs))
     option = "" if first == "default" else f', subfolder="{first}"'
@@ -273,4 +274,4 @@ def write_card(directory: Path, root: Any, configs: Mapping[str, HRAConfig]) -> 
     tags |= {f"base_model:adapter:{name}" for name in named.values()}
     # The files have PEFT's format.
     card.data = ModelCardData(**present | {"library_name": "peft", "tags": sorted(tags)} | named)
-    write_files(directory, {CARD_NAME: str(card).encode()})
+    write_files(path.parent, {CARD_NAME: str(card).encode()})

@@ -125,7 +125,7 @@ def test_the_class_of_an_adapted_model_builds_and_loads_base_models(tmp_path: Pa
 def test_projections_are_not_fused_under_reflections_and_are_after_a_fold() -> None:
     model = single("a")
     wanted = run(model)
-    with refuses(model, r"^UNet2DConditionModel: fuse_qkv_projections copies weights .* Fold the adapters first"):
+    with refuses(model, r"^UNet2DConditionModel: fuse_qkv_projections would replace adapted .* after hra_fx\.fold"):
         model.fuse_qkv_projections()
     folded = hra_fx.fold(model)
     folded.fuse_qkv_projections()

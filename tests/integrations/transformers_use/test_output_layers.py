@@ -79,5 +79,5 @@ def test_a_trained_copy_of_one_of_several_tied_weights_is_not_folded() -> None:
 
 def test_a_model_with_adapters_is_not_resized() -> None:
     model = transformed(LLAMA(), "lm_head")
-    with refuses(model, "^LlamaForCausalLM: resize_token_embeddings could lose adapters and trained copies"):
+    with refuses(model, "^LlamaForCausalLM: resize_token_embeddings would replace adapted layers"):
         model.resize_token_embeddings(40)

@@ -92,7 +92,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "configuration.",
     ),
     ({"push_to_hub": True}, "push_to_hub=True was removed in 0.5. Call hra_fx.push_to_hub(model, repo_id)."),
-    ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
     ({"selected_adapters": ["other"]}, "the model has no adapter 'other'. It has 'default'."),
     ({"selected_adapters": []}, "selected_adapters must not be empty. Use None to save all adapters."),
 ]
@@ -155,7 +154,7 @@ def test_the_trainers_card_gets_the_metadata(tmp_path: Path) -> None:
 def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path: Path) -> None:
     model = adapted("llama", "HRAModel")
     with one_hub() as files:
-        url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine", max_shard_size="1GB")
+        url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine")
         assert url.endswith("/user/name/commit/1")
         model.save_pretrained(tmp_path)
         assert files == {name: (tmp_path / name).read_bytes() for name in FILES}

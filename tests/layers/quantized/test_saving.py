@@ -81,5 +81,5 @@ def test_a_model_of_transformers_is_not_dequantized_under_its_adapters(tmp_path:
     quantization = BitsAndBytesConfig(load_in_8bit=True)
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization)
     hra_fx.transform(model, config_for("llama", target_modules="all-linear"))
-    with pytest.raises(AdapterError, match="dequantize replaces the adapted layers, so they would lose their refl"):
+    with pytest.raises(AdapterError, match="dequantize would replace adapted layers, which would lose their adapters"):
         model.dequantize()
