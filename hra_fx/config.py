@@ -1,22 +1,23 @@
 """`HRAConfig`: the configuration of an adapter, with the fields, defaults and file format of `peft.HRAConfig`.
 
-Source: PEFT 0.21. In addition, every field is checked when the configuration is created, and unknown keys of a file are
-kept when it is written again.
+Source: PEFT 0.21. In addition, every field is checked when the configuration is created.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hra_fx.config_fields import CHECKS, check_extra, field_hint
-from hra_fx.errors import ConfigError
+from hra_fx.config_fields import check_field
+from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.hub import local_folder
 from hra_fx.patterns import matches_rank
+from hra_fx.removed import check_arguments
 
 CONFIG_NAME = "adapter_config.json"
 #: Fields that PEFT's `HRAConfig` does not have -> values that are not written.
@@ -54,23 +55,21 @@ class HRAConfig:
         task_type: None or a PEFT task type, such as "SEQ_CLS".
         peft_type: always "HRA".
         auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: as in PEFT.
-        extra: unknown entries of the file that was read. `save_pretrained` writes them back.
 
-    Collections in `target_modules` and `exclude_modules` become sets, other collections become lists, and str enums
-    become plain strings.
+    Collections in `target_modules` and `exclude_modules` become sets, and other collections become lists.
 
     Raises:
-        ConfigError: an unknown keyword, a field of the wrong type or value, an invalid regular expression, or fields
-            that exclude each other. It is a `ValueError`.
+        ConfigError: a field of the wrong type or value, or fields that exclude each other. It is a `ValueError`.
+        TypeError: an unknown keyword.
 
     >>> config = HRAConfig(r=4, target_modules=["query", "value"])
     >>> sorted(config.target_modules), config.bias
     (['query', 'value'], 'none')
     >>> HRAConfig(r=8, rank_pattern={"layers.0.q_proj": 16, "v_proj": 4}).rank_of("model.layers.0.q_proj")
     16
-    >>> HRAConfig(target_module=["query"])
+    >>> HRAConfig(r=0)
     Traceback (most recent call last):
-    hra_fx.errors.ConfigError: HRAConfig has no field `target_module`. Did you mean `target_modules`?
+    hra_fx.errors.ConfigError: `r` must be a positive int, got 0.
     """
 
     task_type: str | None = None
@@ -92,22 +91,23 @@ class HRAConfig:
     target_parameters: Collection[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     pairs: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: object, **kwargs: object) -> HRAConfig:
-        """Raise a helpful error for unknown keywords, before Python raises its `TypeError`."""
-        if args:
-            raise ConfigError(f"HRAConfig takes keyword arguments only, got {args[0]!r}. For example, use r=8.")
-        for name in kwargs:
-            if name not in cls.__dataclass_fields__:
-                raise ConfigError(f"HRAConfig has no field `{name}`. {field_hint(name, _field_names())}")
+        """Say what to use instead of removed fields."""
+        check_arguments("HRAConfig", kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check each field and convert it to one form, then check the fields that depend on each other."""
-        for name, check in CHECKS.items():
-            setattr(self, name, check(name, getattr(self, name)))
-        self.extra = check_extra(self.extra, _field_names())
+        for name in _field_names():
+            value = getattr(self, name)
+            check_field(name, value)
+            if isinstance(value, Collection) and not isinstance(value, str | Mapping):
+                is_set = name in ("target_modules", "exclude_modules")
+                # The order of a set differs between processes.
+                setattr(self, name, set(value) if is_set else _plain(value) if isinstance(value, Set) else list(value))
+        if self.base_model_name_or_path is not None:
+            self.base_model_name_or_path = os.fspath(self.base_model_name_or_path)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 fix = "Put the indices into the regular expression, or pass `target_modules` as a list."
@@ -137,7 +137,7 @@ class HRAConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and extra entries as a dict for JSON. Sets become sorted lists, and values are copied.
+        """All fields as a dict for JSON. Sets become sorted lists, and values are copied.
 
         Fields that PEFT does not have are omitted at their default value, because PEFT warns about them.
 
@@ -148,47 +148,37 @@ class HRAConfig:
         for name, defaults in _NOT_IN_PEFT.items():
             if values[name] in defaults:
                 del values[name]
-        return {name: _plain(value) for name, value in (values | self.extra).items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     def to_json_string(self) -> str:
-        """The text of `adapter_config.json`, in PEFT's style.
-
-        Raises:
-            ConfigError: an entry of `auto_mapping` or `extra` cannot be written as JSON.
-        """
-        try:
-            # Only the fields are sorted, because the order of the patterns in `rank_pattern` matters.
-            return json.dumps(dict(sorted(self.to_dict().items())), indent=2)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"`auto_mapping` or `extra` cannot be written as JSON: {error}.") from error
+        """The text of `adapter_config.json`, in PEFT's style."""
+        # Only the fields are sorted, because the order of the patterns in `rank_pattern` matters.
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `adapter_config.json` into `save_directory`, which is created if it does not exist.
-
-        Raises:
-            ConfigError: `save_directory` is a file, or an entry cannot be written as JSON.
-        """
-        directory = Path(save_directory)
-        if directory.is_file():
-            raise ConfigError(f"{directory}: `save_directory` must be a directory, but this is a file.")
-        text = self.to_json_string()
+        """Write `adapter_config.json` into `save_directory`, which is created if it does not exist."""
+        directory, text = Path(save_directory), self.to_json_string()
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HRAConfig:
-        """Create a configuration from a dict as returned by `to_dict`. Unknown entries go into `extra`.
+        """Create a configuration from a dict as returned by `to_dict`.
 
         Raises:
             ConfigError: a field has a wrong value, as in the constructor.
+            TypeError: a field that was removed in 0.5 is set.
 
-        >>> HRAConfig.from_dict({"r": 4, "written_by": "a later release"}).extra
-        {'written_by': 'a later release'}
+        Warns:
+            HRAWarning: entries that have a value are ignored because they are not fields, as in PEFT.
         """
-        names = _field_names()
-        known = {name: value for name, value in values.items() if name in names}
-        extra = {name: value for name, value in values.items() if name not in names}
-        return cls(**known, extra=extra)
+        known = {name: value for name, value in values.items() if name in _field_names()}
+        unknown = [name for name, value in values.items() if name not in known and value]
+        check_arguments("HRAConfig", unknown)
+        if unknown:
+            text = f"the configuration has entries that are not fields of HRAConfig and are ignored: {sorted(unknown)}."
+            warnings.warn(text, HRAWarning, stacklevel=2)
+        return cls(**known)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> HRAConfig:
@@ -215,17 +205,17 @@ class HRAConfig:
             raise ConfigError(f"{path}: must contain a JSON object, got a {type(values).__name__}.")
         try:
             return cls.from_dict(values)
-        except ConfigError as error:
+        except (ConfigError, TypeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
 
 def _field_names() -> list[str]:
-    return [f.name for f in fields(HRAConfig) if f.name != "extra"]
+    return [f.name for f in fields(HRAConfig)]
 
 
 def _plain(value: Any) -> Any:
     """A copy of `value` in which tuples become lists and sets become sorted lists."""
-    if isinstance(value, set | frozenset):
+    if isinstance(value, Set):
         return sorted(value)
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}

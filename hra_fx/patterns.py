@@ -24,11 +24,6 @@ def saved_module_regex(name: str) -> str:
     return rf"(^|.*\.){name}($|\..*)"
 
 
-def rank_regex(pattern: str) -> str:
-    """A regular expression for the paths that an entry of `rank_pattern` matches."""
-    return rf"(.*\.)?({pattern})$"
-
-
 def matches_rank(pattern: str, path: str) -> bool:
     """Whether an entry of `rank_pattern` matches a layer. A 3-D parameter also matches by its own name.
 
@@ -36,4 +31,4 @@ def matches_rank(pattern: str, path: str) -> bool:
     (True, False)
     """
     parameter = re.sub(r"(^|\.)hra_([^.]+)$", r"\1\2", path)
-    return any(re.match(rank_regex(pattern), known) for known in (path, parameter))
+    return any(re.match(rf"(.*\.)?({pattern})$", known) for known in (path, parameter))

@@ -7,7 +7,7 @@ A removed name raises `ImportError`, so that `from hra_fx import name` shows the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
@@ -47,6 +47,9 @@ NAMES: dict[str, str] = {
 
 #: Function or class -> its removed argument -> what to do instead.
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "HRAConfig": {
+        "trainable_token_indices": 'To train the embeddings, use modules_to_save=["embed_tokens", "lm_head"].'
+    },
     "fold": {
         "adapter_names": "Call hra_fx.set_adapter(model, adapter_names) first.",
         "requantize": "Fold into the base model without quantization, or call hra_fx.save_as_lora.",
@@ -112,12 +115,16 @@ def _removed(name: str) -> str:
 
 def without_removed_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Raise a TypeError that says what to do, if a call passes an argument of `ARGUMENTS` by name."""
-    gone = ARGUMENTS[function.__qualname__]
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        for name in gone.keys() & kwargs.keys():
-            raise TypeError(f"{function.__qualname__}: `{name}` was removed in 0.5. {gone[name]}")
+        check_arguments(function.__qualname__, kwargs)
         return function(*args, **kwargs)
 
     return checked
+
+
+def check_arguments(function: str, given: Collection[str]) -> None:
+    """Raise the error of a removed argument, if its name is given."""
+    for name in ARGUMENTS[function].keys() & given:
+        raise TypeError(f"{function}: `{name}` was removed in 0.5. {ARGUMENTS[function][name]}")

@@ -267,7 +267,7 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         CHAIN,
         with_config(trainable_token_indices=[1]),
         CONFIG_NAME,
-        "HRAConfig has no field `trainable_token_indices`. It was removed in 0.5.",
+        "HRAConfig: `trainable_token_indices` was removed in 0.5. To train the embeddings, use ",
         ConfigError,
     ),
     "no configuration": (CHAIN, without(CONFIG_NAME), CONFIG_NAME, NO_FILE, CheckpointError),
