@@ -6,10 +6,10 @@ torch and transformers are not imported before a command runs, so that help and 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from hra_fx.cli.inspect import inspect
 from hra_fx.cli.match import match
@@ -22,27 +22,14 @@ _EXIT_CODES = (
     "Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted."
 )
 
-_EXAMPLES = r"""
-hra-fx inspect my-adapter
-hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7
-hra-fx match my-model --regex '.*self_attn\.[qv]_proj' --rank 16
-hra-fx fold my-model first second folded
-hra-fx fold my-pipeline/unet my-adapter folded-unet
-hra-fx convert my-adapter my-lora --to lora --base my-model
-hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16
-"""
+#: Command -> an example.
+_COMMANDS: dict[Callable[..., None], str] = {
+    inspect: "hra-fx inspect my-adapter",
+    match: "hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7",
+    fold: "hra-fx fold my-model first second folded",
+    convert: "hra-fx convert my-adapter my-lora --to lora --base my-model",
+}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
-
-
-def _unwrapped(text: str) -> str:
-    """Join the lines of each paragraph, because the terminal wraps them."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-
-
-def _examples(command: str) -> str:
-    """One example per paragraph, because older releases of typer join lines."""
-    found = [line for line in _EXAMPLES.splitlines() if line.startswith(f"hra-fx {command} ")]
-    return "\n\n".join(["Examples:", *(f"  {escape(example)}" for example in found)])
 
 
 app = typer.Typer(
@@ -55,9 +42,10 @@ app = typer.Typer(
     # An unexpected error is a bug, and bug reports need the plain traceback.
     pretty_exceptions_enable=False,
 )
-for _command in (inspect, match, fold, convert):
-    _name, _help = _command.__name__, _unwrapped(_command.__doc__ or "")
-    app.command(_name, help=_help, epilog=_examples(_name), context_settings=_SETTINGS)(_command)
+for _command, _example in _COMMANDS.items():
+    # A terminal wraps the lines of a paragraph.
+    _help = "\n\n".join(" ".join(paragraph.split()) for paragraph in (_command.__doc__ or "").split("\n\n"))
+    app.command(_command.__name__, help=_help, epilog=f"Example: {_example}", context_settings=_SETTINGS)(_command)
 
 
 def _show_version(wanted: bool) -> None:

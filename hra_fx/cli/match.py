@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 from typer import Option
 
-from hra_fx.cli.screen import CHECK_FAILED, Json, print_message, show_heading, show_json, show_lines, show_table
+from hra_fx.cli.screen import CHECK_FAILED, Json, print_message, show
 from hra_fx.errors import SelectionError, UnsupportedLayerError
-from hra_fx.reporting.words import counted, plain
 
 if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
@@ -53,10 +52,23 @@ def match(
         "modules_to_save": save,
     }
     given = {name: value for name, value in fields.items() if value is not None}
-    refusal = _match(path, _configuration(config, given), as_json=as_json)
-    if refusal is not None:
-        print_message("does not match", refusal, "bold red")
-        raise typer.Exit(CHECK_FAILED)
+    from hra_fx.api.transform import transform
+    from hra_fx.checkpoint.model_folder import build_model
+    from hra_fx.reporting.report import Report, report
+
+    settings = _configuration(config, given)
+    model, library = build_model(path)
+    facts: dict[str, Any] = {"model": type(model).__name__, "library": library}
+    facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        found = report(transform(model, settings))
+    except (SelectionError, UnsupportedLayerError) as refusal:
+        if as_json:
+            show(facts | {"trainable": 0, "error": str(refusal)}, Report(()), as_json=True)
+        print_message("does not match", str(refusal), "bold red")
+        raise typer.Exit(CHECK_FAILED) from refusal
+    facts["trainable"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    show(facts | {"error": None}, found, as_json=as_json)
 
 
 def _targets(names: list[str] | None, regex: str | None) -> list[str] | str | None:
@@ -86,30 +98,3 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
         return HRAConfig(**fields)
     # A saved configuration has inference_mode=True, so nothing would be trained.
     return dataclasses.replace(HRAConfig.from_pretrained(folder), inference_mode=False, **fields)
-
-
-def _match(path: Path, config: HRAConfig, *, as_json: bool) -> str | None:
-    """Show the report of an adapted model without weights. Returns why the configuration does not fit the model."""
-    from hra_fx.api.transform import transform
-    from hra_fx.checkpoint.model_folder import build_model
-    from hra_fx.reporting.columns import grouped_table_of
-    from hra_fx.reporting.report import Report, report
-
-    model, library = build_model(path)
-    name, total = type(model).__name__, sum(parameter.numel() for parameter in model.parameters())
-    try:
-        found, error = report(transform(model, config)), None
-    except (SelectionError, UnsupportedLayerError) as refusal:
-        found, error = Report(()), str(refusal)
-    trainable = 0 if error else sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    facts = {"model": name, "library": library, "parameters": total, "trainable": trainable, "error": error}
-    if as_json:
-        show_json(facts | plain(found))
-    elif error is None:
-        share = f"{counted(trainable, 'parameter')} ({trainable / total:.2%} of {total:,})"
-        layers = counted(len(found) + len(found.skipped), "layer")
-        show_heading(f"{name} ({library})", {"adapted": f"{len(found)} of {layers}", "trainable": share})
-        show_table(*grouped_table_of(found.rows, without=("weight change", "mean angle")))
-        for title, lines in found.footnotes().items():
-            show_lines(title, lines)
-    return error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from hra_fx.cli.screen import Json, hide_progress_bars, show_result
+from hra_fx.cli.screen import Json, show_json
 from hra_fx.errors import CheckpointError
 
 
@@ -28,9 +30,8 @@ def fold(
     """
     from hra_fx.api.fold_checkpoint import fold_checkpoint
 
-    hide_progress_bars()
-    report = fold_checkpoint(base, adapters, out)
-    show_result(report, as_json=as_json)
+    _hide_progress_bars()
+    _show(fold_checkpoint(base, adapters, out), as_json)
 
 
 #: The formats of a result.
@@ -65,7 +66,18 @@ def convert(
     from hra_fx.api.fold_checkpoint import load_adapted
     from hra_fx.lora.save import save_as_lora
 
-    hide_progress_bars()
+    _hide_progress_bars()
     model, names = load_adapted(base, adapters)
-    result = save_as_lora(model, out, names, rank=rank, dtype=dtype.value)
-    show_result(result, as_json=as_json)
+    _show(save_as_lora(model, out, names, rank=rank, dtype=dtype.value), as_json)
+
+
+def _show(result: Any, as_json: bool) -> None:
+    """Print a result of the library: its own summary, or its fields as JSON."""
+    show_json(result) if as_json else typer.echo(str(result))
+
+
+def _hide_progress_bars() -> None:
+    """Hide the progress bars of transformers if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        settings: Any = importlib.import_module("transformers.utils.logging")
+        settings.disable_progress_bar()

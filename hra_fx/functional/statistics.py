@@ -2,13 +2,7 @@ r"""Statistics of a chain of reflections: how far it rotates, and how much it ch
 
 All are computed from `k x k` matrices (`householder.span`); `Q: (d, d)` is never computed.
 
-`Q` rotates some directions and does not change their orthogonal complement. Let `P` be the projector on the rotated
-directions. A row `w` of the weight is `w P + w (I - P)`, and `Q` only changes the first part. `|W P|_F^2 / |W|_F^2` is
-the share of this part in the whole weight. It limits how much the adapter can change the layer, for any angles.
-
-With `I - Q = V M V^T`, `M` is normal with singular values `2 sin(angle / 2)`, so the left singular vectors `G` of the
-nonzero ones span the rotated directions: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product. The
-change of the weight follows from the same product: `|W Q - W|_F = |W V M|_F`.
+With `I - Q = V M V^T`, the change of a weight takes one skinny product: `|W Q - W|_F = |W V M|_F`.
 """
 
 from __future__ import annotations
@@ -26,27 +20,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class RotationStats(NamedTuple):
-    """How far `Q` is from the identity.
+    """How far `Q` rotates.
 
     Attributes:
-        rotation: `|Q - I|_F`.
         angles: the rotation angle of each plane, in radians from 0 to pi, in descending order; see `rotation_stats`.
         orthogonality: `|Q^T Q - I|_F`, with `T` in the precision of the chain.
     """
 
-    rotation: float
     angles: tuple[float, ...]
     orthogonality: float
-
-    @property
-    def angle(self) -> float:
-        """The largest angle, in radians; 0 for the identity, pi for a reflection."""
-        return self.angles[0] if self.angles else 0.0
-
-    @property
-    def mean_angle(self) -> float:
-        """The mean of the angles, in radians; 0 for the identity."""
-        return sum(self.angles) / len(self.angles) if self.angles else 0.0
 
 
 def rotation_stats(chain: Tensor) -> RotationStats:
@@ -62,60 +44,39 @@ def rotation_stats(chain: Tensor) -> RotationStats:
         [180, 90]
     """
     if not chain.shape[1]:
-        return RotationStats(0.0, (), 0.0)
+        return RotationStats((), 0.0)
     vectors = normalize(chain.detach())
     if vectors.is_meta or not bool(torch.isfinite(vectors).all()):
-        return RotationStats(math.nan, (math.nan,), math.nan)
+        return RotationStats((math.nan,), math.nan)
     _, moved = span(vectors)
     identity = torch.eye(moved.shape[0], dtype=moved.dtype)
     block = identity - moved
-    rotation, orthogonality = (float(torch.linalg.matrix_norm(part)) for part in (moved, block.mT @ block - identity))
+    orthogonality = float(torch.linalg.matrix_norm(block.mT @ block - identity))
     # In descending order, each plane has two equal angles, after a single pi if one direction is reflected. So take
     # every second angle.
+    # Less than `8 k eps` can be a rounding error.
+    smallest = 8 * chain.shape[1] * torch.finfo(working_dtype(chain.dtype)).eps
     angles = torch.linalg.eigvals(block).angle().abs().sort(descending=True).values[::2]
-    return RotationStats(rotation, tuple(angles[angles > min_angle(chain)].tolist()), orthogonality)
+    return RotationStats(tuple(angles[angles > smallest].tolist()), orthogonality)
 
 
-def min_angle(chain: Tensor) -> float:
-    """The largest angle that can be a rounding error, in radians: `8 k eps`, with the eps of the dtype of `T`."""
-    return 8 * chain.shape[1] * torch.finfo(working_dtype(chain.dtype)).eps
+def relative_change(rows: Tensor, chain: Tensor) -> float:
+    """How much a chain `U: (d, k)` changes a weight `rows: (out, d)`: `|W Q - W|_F / |W|_F`, from 0 to 2.
 
-
-class RelativeChange(NamedTuple):
-    """How much a chain changes a weight `W: (out, d)`.
-
-    Attributes:
-        share: `|W P|_F^2 / |W|_F^2`, the share of the weight in the rotated directions, from 0 to 1.
-        change: `|W Q - W|_F / |W|_F`, from 0 to 2.
-    """
-
-    share: float
-    change: float
-
-
-def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
-    """Compute how much a chain `U: (d, k)` changes a weight `rows: (out, d)`.
-
-    The result is 0 for a weight of zeros, and NaN if the weight or the chain has no data or is not finite.
+    The result is 0 for a weight of zeros, and NaN if the weight or the chain is not finite.
 
     Example:
         >>> relative_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
-        RelativeChange(share=0.36, change=1.2)
+        1.2
     """
-    if rows.is_meta or chain.is_meta or not bool(torch.isfinite(chain).all()):
-        return RelativeChange(math.nan, math.nan)
+    if not bool(torch.isfinite(chain).all()):
+        return math.nan
     if not chain.shape[1]:
-        return RelativeChange(0.0, 0.0)
+        return 0.0
     basis, moved = span(normalize(chain.detach()))
-    left, sizes, _ = torch.linalg.svd(moved)
-    inside = project(rows.detach(), basis)
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
     whole = float(torch.linalg.vector_norm(rows.detach(), dtype=wide))
-    if not whole:
-        return RelativeChange(0.0, 0.0)
-    rotated = float((inside @ left[:, sizes > min_angle(chain)]).norm())
-    # Rounding can make the share slightly more than 1.
-    return RelativeChange(min((rotated / whole) ** 2, 1.0), float((inside @ moved).norm()) / whole)
+    return float((project(rows.detach(), basis) @ moved).norm()) / whole if whole else 0.0
 
 
 def readable_rows(weight: Tensor, width: int, *, fan_in_fan_out: bool) -> Tensor | None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from shutil import get_terminal_size
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.jupyter import JupyterMixin
@@ -18,7 +18,6 @@ from rich.text import Text
 from torch import nn
 
 from hra_fx.layers.accelerate_hooks import loaded
-from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
 from hra_fx.model.state import get_state, require_adapted_layers, unwrap
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading
@@ -55,8 +54,8 @@ class Report(JupyterMixin):
         return iter(self.rows)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Return the rows as plain dictionaries, for JSON or a data frame. The angles are a list."""
-        return [dataclasses.asdict(row) | {"angles": list(row.angles)} for row in self.rows]
+        """Return the rows as plain dictionaries, for JSON or a data frame."""
+        return [dataclasses.asdict(row) for row in self.rows]
 
     def to_json(self, indent: int | None = None) -> str:
         """Return a JSON object with the fields of the report, and `null` for NaN.
@@ -65,10 +64,6 @@ class Report(JupyterMixin):
             indent: spaces for each level; `None` for one line.
         """
         return json.dumps(plain(self), indent=indent)
-
-    def plot_heatmap(self, *args: object, **kwargs: object) -> NoReturn:
-        """Removed in 0.5."""
-        raise AttributeError("Report.plot_heatmap was removed in 0.5. Plot to_dicts(), or call hra_fx.visualize.")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render the table and the footnotes."""
@@ -112,8 +107,8 @@ def report(model: nn.Module) -> Report:
         >>> from hra_fx import HRAConfig, transform
         >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
         >>> row = report(model).rows[0]
-        >>> row.path, row.layer_type, row.d, row.r, row.angles
-        ('0', 'Linear 6->8', 6, 2, ())
+        >>> row.path, row.layer_type, row.d, row.r, row.angle
+        ('0', 'Linear 6->8', 6, 2, 0.0)
     """
     model = unwrap(model)
     rows = _rows(model)
@@ -131,13 +126,21 @@ def _rows(model: nn.Module) -> tuple[Row, ...]:
         for name in reflection:
             active = name in (state.active if state else reflection.active)
             d, r = reflection.width, reflection.specs[name].r
-            parameters = math.prod(reflection.vectors_shape(r))
             with loaded(reflection):
-                measured = measured_fields(chain_of(layer, name), weight)
-                measured["moved"] = moved(reflection.kept(name), chain_of(layer, name))
-            measured["held"] = reflection.shares.get(name)
-            measured["scale"] = reflection.scales.get(name, 1.0)
-            measured["bytes"] = parameters * reflection[name].itemsize
-            measured["bytes_here"] = local_tensor(reflection[name]).nbytes
-            rows.append(Row(path, describe(layer), name, active, d, r, parameters, **measured))
+                chain = chain_of(layer, name)
+                rows.append(
+                    Row(
+                        path,
+                        describe(layer),
+                        name,
+                        active,
+                        d,
+                        r,
+                        math.prod(reflection.vectors_shape(r)),
+                        **measured_fields(chain, weight),
+                        held=reflection.shares.get(name),
+                        moved=moved(reflection.kept(name), chain),
+                        scale=reflection.scales.get(name, 1.0),
+                    )
+                )
     return tuple(rows)

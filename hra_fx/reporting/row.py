@@ -1,18 +1,17 @@
-"""The numbers of a report: one adapter at one layer, and a few values per adapter that are cheap enough to log."""
+"""The numbers of a report: one adapter at one layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional.rotate import rotate_weight
-from hra_fx.functional.statistics import RelativeChange, RotationStats, readable_rows, relative_change, rotation_stats
+from hra_fx.functional.statistics import readable_rows, relative_change, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts import ExpertsAdapters
 from hra_fx.layers.quantized import quant_scheme_of
@@ -22,8 +21,6 @@ from hra_fx.layers.quantized import quant_scheme_of
 class Row:
     """One adapter at one layer.
 
-    Values that cannot be computed (because vectors have no data or are not finite) are NaN.
-
     Attributes:
         path: qualified name of the layer.
         layer_type: class and shape of the layer, such as `"Linear 6->8"`.
@@ -32,22 +29,19 @@ class Row:
         d: length of a reflection vector.
         r: number of trainable vectors.
         parameters: `d * r`; for experts, `experts * d * r`.
-        rotation: `|Q - I|_F`.
         angle: largest rotation angle of `Q` in radians. It is pi for a reflection, and 0 for the identity.
-        mean_angle: mean of `angles` in radians, 0 for the identity.
-        angles: rotation angle of each plane that `Q` rotates, in radians from 0 to pi, in descending order. A single
-            reflected direction counts as one angle of pi. Angles below the rounding error are left out.
+        mean_angle: mean of the rotation angles in radians, one for each plane that `Q` rotates; a reflected direction
+            counts as pi. Angles below the rounding error are left out. 0 for the identity.
         orthogonality: `|Q^T Q - I|_F` of `Q` in the precision of the forward pass.
-        share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, where `P` is the projector on the directions
-            that `Q` changes. A quantized weight is dequantized first. NaN if the weight cannot be read (it has no data,
-            is sharded, or its library cannot dequantize it on this machine).
-        weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
-        bytes: memory of the vectors.
-        bytes_here: memory of the vectors in this process, which is less if they are sharded.
+        weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. A quantized weight
+            is dequantized first.
         held: the share of the samples of `hra_fx.protect` that the protected directions `V` hold; `None` if it is not
             known, as after loading, or nothing is protected.
         moved: how far `Q` moves the protected directions: `|Q V - V|_F / |V|_F`; `None` if nothing is protected.
         scale: the scale of the adapter (`set_scale`). The measures are those at this scale.
+
+    A measure is `None` if the vectors or the weight have no data, are shards, or cannot be dequantized on this machine,
+    and NaN if they are not finite.
     """
 
     path: str
@@ -57,45 +51,37 @@ class Row:
     d: int
     r: int
     parameters: int
-    rotation: float
-    angle: float
-    mean_angle: float
-    angles: tuple[float, ...]
-    orthogonality: float
-    share: float
-    weight_change: float
-    bytes: int = 0
-    bytes_here: int = 0
+    angle: float | None
+    mean_angle: float | None
+    orthogonality: float | None
+    weight_change: float | None
     held: float | None = None
     moved: float | None = None
     scale: float = 1.0
 
 
-def measured_fields(chain: Tensor | None, rows: Tensor | None) -> dict[str, Any]:
-    """The measured fields of a row, from `chain_of` and `weight_rows`; NaN without them. Experts are one matrix."""
+def measured_fields(chain: Tensor | None, rows: Tensor | None) -> dict[str, float | None]:
+    """The measured fields of a row, from `chain_of` and `weight_rows`. `Q` of all experts is block-diagonal."""
     if chain is None:
-        found = RotationStats(math.nan, (math.nan,), math.nan)
-    else:  # `Q` of all experts is block-diagonal
-        parts = [rotation_stats(one) for one in (chain if chain.dim() == 3 else chain[None])]
-        angles = sorted((angle for part in parts for angle in part.angles), reverse=True)
-        size, error = (
-            math.hypot(*norms) for norms in zip(*((one.rotation, one.orthogonality) for one in parts), strict=True)
-        )
-        found = RotationStats(size, tuple(angles), error)
-    share, change = (math.nan, math.nan) if rows is None or chain is None else _change_of(rows, chain)
-    middle = {"angle": found.angle, "mean_angle": found.mean_angle}
-    return {**found._asdict(), **middle, "share": share, "weight_change": change}
+        return dict.fromkeys(("angle", "mean_angle", "orthogonality", "weight_change"))
+    parts = [rotation_stats(one) for one in (chain if chain.dim() == 3 else chain[None])]
+    angles = [angle for part in parts for angle in part.angles]
+    return {
+        "angle": largest([0.0, *angles]),
+        "mean_angle": sum(angles) / max(len(angles), 1),
+        "orthogonality": math.hypot(*(part.orthogonality for part in parts)),
+        "weight_change": None if rows is None else _change_of(rows, chain),
+    }
 
 
-def _change_of(rows: Tensor, chain: Tensor) -> RelativeChange:
+def _change_of(rows: Tensor, chain: Tensor) -> float:
+    """The change of a weight, or of those of all experts, which are one matrix."""
     if chain.dim() == 2:
         return relative_change(rows, chain)
-    sizes = [float(expert.double().square().sum()) for expert in rows]
+    sizes = [float(expert.double().norm()) for expert in rows]
     changes = [relative_change(expert, own) for expert, own in zip(rows, chain, strict=True)]
-    total = sum(sizes) or 1.0  # a weight of zeros does not change
-    share = sum(size * one.share for size, one in zip(sizes, changes, strict=True)) / total
-    change = sum(size * one.change**2 for size, one in zip(sizes, changes, strict=True)) / total
-    return RelativeChange(share, math.sqrt(change))
+    # A weight of zeros does not change.
+    return math.hypot(*(size * one for size, one in zip(sizes, changes, strict=True))) / (math.hypot(*sizes) or 1.0)
 
 
 def moved(basis: Tensor | None, chain: Tensor | None) -> float | None:

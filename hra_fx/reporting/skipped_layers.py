@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,10 +9,10 @@ from torch import nn
 from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.layers.experts_weight import CHILD
-from hra_fx.layers.target import ADAPTER_CHILDREN, LayerKind, describe, find_kind, weight_name
-from hra_fx.model.state import adapted_layers, collect_parts, get_state
+from hra_fx.layers.target import ADAPTER_CHILDREN, describe, find_kind, weight_name
+from hra_fx.model.state import adapted_layers, get_state
 from hra_fx.selection.parameters import expert_parameters
-from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
+from hra_fx.selection.select import is_target, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
 
 
@@ -40,15 +39,15 @@ class SkippedParameter:
 
     Attributes:
         path: qualified name of the parameter.
-        owner_type: class of the module that it belongs to.
-        shape: its shape, usually `(experts, out, in)` or `(experts, in, out)`.
         share: its share of the parameters of the base model, from 0 to 1.
     """
 
     path: str
-    owner_type: str
-    shape: tuple[int, ...]
     share: float
+
+
+#: The reason for layers whose adapters' configuration is not known.
+_OUTSIDE = "outside of a transformed model, or in a part of one"
 
 
 def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
@@ -62,45 +61,34 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
         their weight requires gradients (a new head).
     """
     adapted = set(adapted_layers(model).values())
-    roots = set(collect_parts(model).roots)
-    selections: dict[str, dict[str, Selection]] = {}
-    for path, part in state_modules(model):
-        if part in roots and (state := get_state(part)) is not None:
-            selections[path] = {name: Selection(part, config) for name, config in state.configs.items()}
-    outside = f"outside of the transformed module {' and '.join(map(repr, selections))}"
-    if not selections:
-        outside = "unknown: this module is a part of a transformed model"
+    selections = {
+        path: [Selection(part, config) for config in state.configs.values()]
+        for path, part in state_modules(model)
+        if (state := get_state(part)) is not None
+    }
     skipped, trained = [], []
     for path, layer in state_modules(model):
         kind = find_kind(layer)
         if layer in adapted or not path or not ADAPTER_CHILDREN.isdisjoint(path.split(".")):
             continue
-        root = next((root for root in selections if not root or path.startswith(f"{root}.")), None)
-        inside, below = {} if root is None else selections[root], path[len(root or "") :].lstrip(".")
-        targeted = any(selection.selects(below) for selection in inside.values())
-        in_full = bool(layer._parameters) and any(layer in selection.saved for selection in inside.values())
+        root = next((root for root in selections if not root or path.startswith(f"{root}.")), "")
+        inside, below = selections.get(root, []), path[len(root) :].lstrip(".")
+        targeted = any(selection.selects(below) for selection in inside)
+        in_full = bool(layer._parameters) and any(layer in selection.saved for selection in inside)
         weight = layer._parameters.get(weight_name(kind)) if kind else None
-        if in_full or (selections and not targeted and weight is not None and weight.requires_grad):
+        if in_full or (not targeted and weight is not None and weight.requires_grad):
             trained.append(path)
         elif kind:
-            reason = outside if root is None else reason_of(inside, below, kind)
-            skipped.append(SkippedLayer(path, describe(layer), reason, targeted))
+            reasons = dict.fromkeys(selection.reason(below) for selection in inside)
+            skipped.append(SkippedLayer(path, describe(layer), "; ".join(reasons) or _OUTSIDE, targeted))
     return tuple(skipped), tuple(trained)
 
 
 def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
-    """The 3-D parameters of a model without an adapter, in model order. A shared parameter is listed once.
-
-    Example:
-        >>> import torch
-        >>> experts = nn.Module()
-        >>> experts.up_proj = nn.Parameter(torch.zeros(4, 6, 3), requires_grad=False)
-        >>> skipped_parameters(nn.ModuleDict({"experts": experts, "gate": nn.Linear(7, 4)}))
-        (SkippedParameter(path='experts.up_proj', owner_type='Module', shape=(4, 6, 3), share=0.692...),)
-    """
+    """The 3-D parameters of a model without an adapter, in model order. A shared parameter is listed once."""
     total = sum(p.numel() for name, p in model.named_parameters() if ADAPTER_CHILDREN.isdisjoint(name.split(".")))
     return tuple(
-        SkippedParameter(path, type(owner).__name__, tuple(parameter.shape), parameter.numel() / total)
+        SkippedParameter(path, parameter.numel() / total)
         for path, (owner, parameter) in expert_parameters(model).items()
         if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner._modules
     )
@@ -125,39 +113,15 @@ class Selection:
         """Whether the layer with this path should have an adapter."""
         return is_target(self.config, path, self.targets)
 
-    def reason(self, path: str, kind: LayerKind) -> str:
+    def reason(self, path: str) -> str:
         """Return the reason why this adapter is not on the layer with this path."""
         if self.selects(path):
             return "folded or replaced after transform"
         if not is_target(self._unrestricted, path, self.targets):
-            return self._why_not_matched(kind)
-        for field, words in (("exclude_modules", "excluded by"), ("modules_to_save", "inside")):
+            targets = self.targets if self.config.target_modules is None else self.config.target_modules
+            return f"not in target_modules={format_names(targets)}"
+        for field in ("exclude_modules", "modules_to_save"):
             value = getattr(self.config, field)
             if not is_target(replace(self._unrestricted, **{field: value}), path, self.targets):
-                return f"{words} {field}={format_names(value)}"
-        wanted = f"layers_to_transform={format_names(self.config.layers_to_transform)}"
-        if layer_index(self.config, path) is None:
-            return f"no layer index in its path, and {wanted} is set"
-        return f"layer index not in {wanted}"
-
-    def _why_not_matched(self, kind: LayerKind) -> str:
-        targets = self.config.target_modules
-        if isinstance(targets, str) and targets.lower() == "all-linear":
-            what = "the output layer" if kind == "linear" else "not a linear layer"
-            return f"{what}, which target_modules='all-linear' does not include"
-        if targets is None and self.config.target_parameters:
-            return "not in target_parameters, and target_modules is not set"
-        if targets is None:
-            return f"not in the default target_modules of this architecture, {format_names(self.targets)}"
-        return f"not {'matched by' if isinstance(targets, str) else 'in'} target_modules={format_names(targets)}"
-
-
-def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -> str:
-    """Return why a layer does not have an adapter: one reason if all adapters have the same, otherwise one for each.
-
-    `path` is the layer's path below the transformed module.
-    """
-    reasons = {name: selection.reason(path, kind) for name, selection in selections.items()}
-    if len(set(reasons.values())) == 1:
-        return next(iter(reasons.values()))
-    return "; ".join(f"{reason} (adapter {name})" for name, reason in reasons.items())
+                return f"left out by {field}={format_names(value)}"
+        return f"left out by layers_to_transform={format_names(self.config.layers_to_transform)}"

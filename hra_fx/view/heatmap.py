@@ -79,7 +79,7 @@ def heatmap_of(rows: Iterable[Row]) -> Heatmap:
     rows = list(rows)
     if not rows or is_identity(rows):
         return Heatmap()
-    measure = MEASURES["weight_change" if any(math.isfinite(row.weight_change) for row in rows) else "mean_angle"]
+    measure = MEASURES["weight_change" if any(row.weight_change is not None for row in rows) else "mean_angle"]
     active: dict[str, list[float]] = {}
     for row in rows:
         active.setdefault(row.path, []).extend([measure.value(row)] if row.active else [])

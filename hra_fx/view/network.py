@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import networkx as nx
@@ -27,9 +26,9 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     * `parameters`: number of its parameters; a shared parameter counts at the first node that reads it.
 
     Adapted layers also have `adapted_layers` (their paths, one per line), `adapters`, `d` and `r`. If they can be
-    computed, they also have `rotation`, `mean_angle` and `angle` from the report (the largest value of the active
-    adapters, or of all adapters if none is active). In an adapted model, nodes of layers without an adapter have
-    `skipped` (the reason), and nodes of layers that are trained in full have `trained_in_full` (their paths).
+    computed, they also have `mean_angle` and `angle` from the report (the largest value of the active adapters, or of
+    all adapters if none is active). In an adapted model, nodes of layers without an adapter have `skipped` (the
+    reason), and nodes of layers that are trained in full have `trained_in_full` (their paths).
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a
@@ -75,8 +74,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
 def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
     rows = [row for row in every if row.active] or every
-    names = ("rotation", "mean_angle", "angle") if rows else ()
-    measures = {name: largest(getattr(row, name) for row in rows) for name in names}
+    values = {name: [getattr(row, name) for row in rows] for name in ("mean_angle", "angle")}
     adapters = "\n".join(dict.fromkeys(row.adapter for row in every))
-    known = {name: value for name, value in measures.items() if not math.isnan(value)}
+    known = {name: largest(own) for name, own in values.items() if own and None not in own}
     return {"adapters": adapters, "d": leaf.width, "r": leaf.rank, **known}

@@ -53,11 +53,6 @@ def test_an_error_is_one_line_but_a_bug_shows_a_traceback() -> None:
     assert isinstance(CliRunner().invoke(group(KeyError("defect")), ["fail"]).exception, KeyError)
 
 
-def test_ctrl_c_prints_one_line() -> None:
-    done = CliRunner().invoke(group(KeyboardInterrupt()), ["fail"])
-    assert (done.exit_code, done.stderr.splitlines()[-1]) == (130, "interrupted: nothing was written")
-
-
 def test_there_is_one_version() -> None:
     """pyproject.toml reads it from the package, and so does the command line. Two more files name the last release."""
     assert answer("--version") == f"hra-fx {hra_fx.__version__}\n"

@@ -34,7 +34,7 @@ def in_notebook(found: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("angle", "shown"), [(0.0, " 0°\n"), (1e-6, "0.000057°"), (1e-9, "6e-8°"), (0.01, "0.6°"), (math.nan, "unknown")]
+    ("angle", "shown"), [(0.0, " 0°\n"), (1e-6, "5.7e-05°"), (0.01, "0.6°"), (math.nan, "unknown")]
 )
 def test_small_angles_are_not_rounded_away(angle: float, shown: str) -> None:
     assert shown in str(report_of(row(mean_angle=angle)))
@@ -54,10 +54,10 @@ def test_names_are_not_interpreted_as_markup() -> None:
 
 
 def test_json_is_valid_and_has_null_for_numbers_that_are_not_finite() -> None:
-    odd = row(HOSTILE, share=math.nan, angles=(math.nan,), rotation=math.inf)
+    odd = row(HOSTILE, weight_change=math.nan, moved=None, angle=math.inf)
     content = json.loads(report_of(odd, skipped=REPORT.skipped).to_json(), parse_constant=pytest.fail)
     (only,) = content["rows"]
-    assert (only["path"], only["share"], only["angles"], only["rotation"]) == (HOSTILE, None, [None], None)
+    assert (only["path"], only["weight_change"], only["moved"], only["angle"]) == (HOSTILE, None, None, None)
     reason = "not in target_modules=['0']"
     assert content["skipped"] == [{"path": "1", "layer_type": "Linear 4->4", "reason": reason, "targeted": False}]
     assert json.loads(REPORT.to_json(indent=2))["rows"] == REPORT.to_dicts()
@@ -91,8 +91,3 @@ def test_a_footnote_names_vectors_that_are_not_orthogonal() -> None:
     found = report_of(row("good"), row("bad", orthogonality=0.02), row("none", orthogonality=math.nan))
     assert "|Q'Q - I| is up to 2e-02, at bad (default)" in str(found)
     assert "not orthogonal" not in str(REPORT)
-
-
-def test_a_heatmap_is_no_longer_plotted() -> None:
-    with pytest.raises(AttributeError, match=r"Report\.plot_heatmap was removed in 0\.5\. Plot "):
-        REPORT.plot_heatmap("a.svg")

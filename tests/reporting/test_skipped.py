@@ -29,31 +29,31 @@ def lists() -> nn.Module:
 
 #: The model, fields of the configuration, and the reasons of some layers.
 CASES: list[tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = [
-    (llama, {"target_modules": r".*\.0.*q_proj"}, {projection(1): r"not matched by target_modules=r'.*\.0.*q_proj'"}),
-    (llama, {}, {projection(0, "k"): "not in the default target_modules of this architecture, ['q_proj', 'v_proj']"}),
+    (llama, {"target_modules": r".*\.0.*q_proj"}, {projection(1): r"not in target_modules=r'.*\.0.*q_proj'"}),
+    (llama, {}, {projection(0, "k"): "not in target_modules=['q_proj', 'v_proj']"}),
     (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)),
         {"target_modules": "all-linear"},
-        {"0": "not a linear layer, which target_modules='all-linear' does not include"},
+        {"0": "not in target_modules='all-linear'"},
     ),
     (
         partial(llama, num_hidden_layers=11),
         {"target_modules": ["q_proj"], "exclude_modules": ["10.self_attn.q_proj"], "layers_to_transform": 0},
         {
             projection(0, "k"): "not in target_modules=['q_proj']",
-            projection(1): "layer index not in layers_to_transform=0",
-            projection(10): "excluded by exclude_modules=['10.self_attn.q_proj']",
+            projection(1): "left out by layers_to_transform=0",
+            projection(10): "left out by exclude_modules=['10.self_attn.q_proj']",
         },
     ),
     (
         lists,
         {"target_modules": ["0.0"], "layers_to_transform": [0], "layers_pattern": "blocks"},
-        {"out.0.0": "no layer index in its path, and layers_to_transform=[0] is set"},
+        {"out.0.0": "left out by layers_to_transform=[0]"},
     ),
     (
         partial(llama, num_hidden_layers=11),
         {"target_modules": ["q_proj"], "layers_to_transform": list(range(10)), "layers_pattern": "layers"},
-        {projection(10): "layer index not in layers_to_transform=[0, 1, 2, 3, 4, 5, 6, 7] and 2 more"},
+        {projection(10): "left out by layers_to_transform=[0, 1, 2, 3, 4, 5, 6, 7] and 2 more"},
     ),
 ]
 
@@ -100,7 +100,7 @@ def test_several_adapters_give_a_reason_each() -> None:
     found = reasons(model)
     assert {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"}.isdisjoint(found)
     assert found["model.layers.0.self_attn.o_proj"] == (
-        "not in target_modules=['q_proj'] (adapter a); not in target_modules=['v_proj'] (adapter b)"
+        "not in target_modules=['q_proj']; not in target_modules=['v_proj']"
     )
 
 
@@ -108,21 +108,19 @@ def test_layers_around_a_transformed_module_and_parts_of_one() -> None:
     inner = transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"]))
     assert reasons(nn.Sequential(inner, nn.Linear(4, 2)).requires_grad_(False)) == {
         "0.1": "not in target_modules=['0']",
-        "1": "outside of the transformed module '0'",
+        "1": "outside of a transformed model, or in a part of one",
     }
     plain = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
     whole = transform(plain, HRAConfig(r=2, target_modules=["0.0"]))
-    assert reasons(whole[0]) == {"1": "unknown: this module is a part of a transformed model"}
+    assert reasons(whole[0]) == {"1": "outside of a transformed model, or in a part of one"}
 
 
 def test_experts_are_named_with_their_share_of_the_model() -> None:
     model = built("mixtral")
     total = sum(parameter.numel() for parameter in model.parameters())
     found = report(transform(model, HRAConfig(r=2, target_modules="all-linear")))
-    assert [(p.path, p.owner_type, p.shape) for p in found.skipped_parameters] == [
-        (f"model.layers.{i}.mlp.experts.{name}", "MixtralExperts", shape)
-        for i in range(2)
-        for name, shape in (("gate_up_proj", (4, 64, 16)), ("down_proj", (4, 16, 32)))
+    assert [p.path for p in found.skipped_parameters] == [
+        f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")
     ]
     experts = 2 * 4 * (64 * 16 + 16 * 32)
     assert sum(parameter.share for parameter in found.skipped_parameters) == pytest.approx(experts / total)

@@ -92,7 +92,6 @@ def test_fields_that_do_not_fit_the_model_are_refused(fields: dict[str, Any], me
 
 def test_target_parameters_are_stored() -> None:
     assert "target_parameters" not in hra_fx.HRAConfig().to_dict()
-    assert hra_fx.HRAConfig(target_parameters=[]).target_parameters is None
     config = hra_fx.HRAConfig(target_parameters=("b", "a"))
     assert hra_fx.HRAConfig.from_dict(config.to_dict()) == config
 

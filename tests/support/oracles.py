@@ -106,15 +106,6 @@ def dense_weight(weight: Tensor, q: Tensor) -> Tensor:
     return (weight.double().flatten(1) @ q).view(weight.shape)
 
 
-def share_of(weight: Tensor, q: Tensor) -> float:
-    """The share of `W: (out, d)` in the span of the eigenvectors of `(Q - I)^T (Q - I)` with nonzero eigenvalues."""
-    moved = q - torch.eye(q.shape[0], dtype=torch.float64)
-    sizes, vectors = torch.linalg.eigh(moved.mT @ moved)
-    basis = vectors[:, sizes > 1e-12]
-    wide = weight.detach().double()
-    return float((wide @ basis @ basis.mT).square().sum() / wide.square().sum())
-
-
 def relative_error(actual: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
     """`|actual - wanted|_F / max(|wanted|_F, floor)` in float64, for equal shapes; 0 if both are 0.
 

@@ -67,9 +67,9 @@ def test_values_are_those_of_active_adapters_or_else_of_all() -> None:
     with torch.no_grad():
         model.get_submodule("0").hra_u["wide"].normal_()  # type: ignore[index,operator,union-attr]
     rows = {(row.path, row.adapter): row for row in hra_fx.report(model)}
-    assert rows["0", "wide"].rotation > rows["0", "default"].rotation
-    turned_by = {data["adapted_layers"]: data["rotation"] for data in nodes(hra_fx.to_networkx(model)) if "r" in data}
-    assert turned_by == {"0": rows["0", "default"].rotation, "2": rows["2", "wide"].rotation}
+    assert rows["0", "wide"].mean_angle != rows["0", "default"].mean_angle
+    turned_by = {data["adapted_layers"]: data["mean_angle"] for data in nodes(hra_fx.to_networkx(model)) if "r" in data}
+    assert turned_by == {"0": rows["0", "default"].mean_angle, "2": rows["2", "wide"].mean_angle}
 
 
 @QUIET
