@@ -34,11 +34,6 @@ VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/
 
 export HF_HUB_OFFLINE := 1
 
-# The tests of the page need a browser. Root gets Debian's if there is none. Without one, the test run says what to install.
-BROWSERS := chromium chromium-browser google-chrome
-BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which apt-get && \
-	{ apt-get update; apt-get install --yes --no-install-recommends chromium; }; } >/dev/null 2>&1
-
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: $(shell awk -F: '/^[a-z-]+:/{print $$1}' Makefile)
@@ -195,7 +190,6 @@ TEST_TOOLS   := '.[test,dev]'
 DEVICE_TOOLS := '.[demo,device]'
 $(VENV)/test.stamp: pyproject.toml $(CONSTRAINTS) hra_fx/version.py | $(BIN)/python
 	$(call step,1,Project and test tools in $(VENV),$(INSTALL) --editable $(TEST_TOOLS))
-	@$(BROWSER) || true
 	@touch $@
 
 $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python

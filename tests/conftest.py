@@ -14,7 +14,6 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
-from browser import NAMES, find_browser
 from packaging.requirements import Requirement
 
 #: Files that newer releases are needed for. A single test that needs a newer release has the marker `needs`.
@@ -43,7 +42,7 @@ def runs_here(requirement: str) -> bool:
 
 LEFT_OUT = [place for place, need in NEEDS.items() if not runs_here(need)]
 #: The first one registers operators, which torch refuses a second time: pytest would import it once more for doctests.
-collect_ignore = ["support/second_device.py", *LEFT_OUT, *([] if find_browser() else ["view/test_page.py"])]
+collect_ignore = ["support/second_device.py", *LEFT_OUT]
 #: A folder that is given on the command line is not ignored itself.
 collect_ignore_glob = [f"{place}/*" for place in LEFT_OUT]
 _left_out: Counter[str] = Counter()
@@ -88,13 +87,9 @@ def default_sigint() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what needs newer releases, and a clear notice if the HTML page was not tested."""
+    """Print what needs newer releases."""
     for requirement, count in sorted(_left_out.items()):
         terminalreporter.line(f"{count} tests need {requirement}")
     for file, requirement in NEEDS.items():
         if file in collect_ignore:
             terminalreporter.line(f"tests/{file} needs {requirement}")
-    if find_browser() is None:
-        terminalreporter.section("the HTML page was NOT tested", sep="!", red=True, bold=True)
-        terminalreporter.line(f"tests/view/test_page.py needs one of {', '.join(NAMES)}, and none is installed.")
-        terminalreporter.line("On Debian and Ubuntu: sudo apt-get install chromium")

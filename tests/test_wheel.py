@@ -32,7 +32,7 @@ def test_a_wheel_works_beside_a_folder_named_passes(tmp_path: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "hra_fx").rglob("*.py")}
     modules |= {f"hra_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
-    assert {"hra_fx/py.typed", "hra_fx/view/page.css", "hra_fx/view/page.html", "hra_fx/view/page.js"} <= names
+    assert {"hra_fx/py.typed", "hra_fx/view/page.html"} <= names
 
     user = tmp_path / "user"
     (user / "passes").mkdir(parents=True)

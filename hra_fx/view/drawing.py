@@ -1,79 +1,77 @@
-"""The data of every picture and page: the graph of a model, and the report on its adapters."""
+"""The data of every picture and page: the graph of a model, the report on its adapters, and the colors of layers."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.example_inputs import Call, normalize_inputs
-from hra_fx.export.program import is_program
+from hra_fx.layers.target import ADAPTER_CHILDREN
 from hra_fx.model.graphs import drawn_graph
 from hra_fx.model.state import adapted_layers, unwrap
-from hra_fx.reporting.columns import is_identity
+from hra_fx.reporting.columns import MEASURES, is_identity
 from hra_fx.reporting.report import Report, report
+from hra_fx.reporting.row import Row, largest
 from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.subject import boxes_of, own_parameters
-from hra_fx.view.tree import Leaf, Scope, prefixes
+from hra_fx.view.theme import HEAT
 
 
 @dataclass(frozen=True)
 class Drawing:
     """The data for drawing a model."""
 
-    name: str  # the class of the model
     title: str  # such as "ResNet with HRA"
     facts: str  # one line: the number of adapted layers, their ranks and parameters
     picture: nx.DiGraph[str]  # the leaves, and the flow of values between them; see `graph.leaves_of`
     report: Report  # empty for a plain model
+    changes: Mapping[str, float]  # adapted layer -> `|W Q - W| / |W|`; NaN if it cannot be computed
 
-    def title_of(self, root: Scope) -> str:
-        """The title of the picture of the model, or of a module in it."""
-        return f"{root.path} in {self.title}" if root.path else self.title
+    @property
+    def largest_change(self) -> float:
+        """The end of the color scale; 0 if all layers are unchanged or unknown, so that no colors are shown."""
+        return max(filter(math.isfinite, self.changes.values()), default=0.0)
+
+    def color(self, path: str) -> str:
+        """The role of the color of a layer, on a common scale from 0."""
+        share = self.changes[path] / self.largest_change
+        return "unknown" if math.isnan(share) else f"heat{min(int(share * len(HEAT)), len(HEAT) - 1)}"
+
+    def change(self, paths: Sequence[str]) -> str:
+        """The mean change of layers as a text; empty if no colors are shown."""
+        if not paths or not self.largest_change:
+            return ""
+        mean = sum(self.changes[path] for path in paths) / len(paths)
+        return "mean " * (len(paths) > 1) + MEASURES["weight_change"].text(100 * mean)
 
 
 def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     """Collect the data for drawing a model, which is not changed; see `visualize`. A wrapper (DDP) is removed."""
-    if is_program(model):
-        if example_inputs is not None:
-            raise VisualizeError("`example_inputs` must be None for an ExportedProgram, which already has the shapes.")
-        model = model.module(check_guards=False)  # a GraphModule of operators
     if not isinstance(model, nn.Module):
         raise VisualizeError(
-            "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
-            f"got {type(model).__name__}."
+            f"`model` must be a torch.nn.Module or torch.fx.GraphModule, got {type(model).__name__}. "
+            "Of an ExportedProgram, pass its module()."
         )
     model = unwrap(model)
-    layers = adapted_layers(model)
-    if "" in layers:
-        raise VisualizeError(
-            f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
-            "layer's path as `focus`."
-        )
-    found = report(model) if layers else Report(())
+    found = report(model) if adapted_layers(model) else Report(())
     graph = drawn_graph(model, example_inputs)
     if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
         _note_shapes(graph, normalize_inputs(example_inputs))
-    boxes = boxes_of(model)
-    picture = leaves_of(model, graph, boxes)
-    parameters = sum(parameter.numel() for parameter in own_parameters(model))
-    _mark(picture, found)
-    facts = _facts(parameters, [box.rank for box in boxes.values()], found)
-    facts += " · not traced: pass example_inputs to draw the data flow" * (graph is None)
-    facts += " · not trained yet (identity)" * is_identity(found.rows)
-    name = picture.graph["classes"][""]
-    return Drawing(name, name + " with HRA" * bool(found.rows), facts, picture, found)
+    total = sum(own.numel() for path, own in model.named_parameters() if ADAPTER_CHILDREN.isdisjoint(path.split(".")))
+    facts = _facts(total, found) + " · not traced: pass example_inputs to draw the data flow" * (graph is None)
+    title = type(model).__name__ + " with HRA" * bool(found.rows)
+    return Drawing(title, facts, leaves_of(model, graph, found), found, _changes(found.rows))
 
 
 def _note_shapes(module: fx.GraphModule, call: Call) -> None:
@@ -86,39 +84,30 @@ def _note_shapes(module: fx.GraphModule, call: Call) -> None:
         # A forward may write into its buffers. A copied GraphModule shares the tensors that are not in the memo.
         tensors = (*module.parameters(), *module.buffers())
         copied = copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
-        with torch.no_grad():
-            FakeTensorProp(copied, mode).propagate(*bound.arguments.values())
+        FakeTensorProp(copied, mode).propagate(*bound.arguments.values())
     except Exception as error:  # shapes are optional, and any operator of the model may fail on fake tensors
         why = str(error).strip().partition("\n")[0]
         text = f"The graph does not run on `example_inputs` ({why}), so the picture has no shapes. Check the inputs."
         warnings.warn(text, HRAWarning, stacklevel=2)
         return
     for node, noted in zip(module.graph.nodes, copied.graph.nodes, strict=True):
-        if "val" in noted.meta:
-            node.meta["val"] = noted.meta["val"]
+        node.meta.update({"val": noted.meta["val"]} if "val" in noted.meta else {})
 
 
-def _facts(parameters: int, ranks: Sequence[int], found: Report) -> str:
-    if not ranks:
+def _facts(parameters: int, found: Report) -> str:
+    if not found.rows:
         return f"{parameters:,} parameters · no adapters"
     adapter = sum(row.parameters for row in found.rows)
-    words = f"{counted(len(ranks), 'adapted layer')} · r = {low_to_high(ranks)} · {adapter:,} adapter parameters"
-    return f"{words} ({adapter / max(parameters, 1):.2%} of {parameters:,})"
+    layers, ranks = counted(len({row.path for row in found.rows}), "adapted layer"), [row.r for row in found.rows]
+    words = f"{layers} · r = {low_to_high(ranks)} · {adapter:,} adapter parameters"
+    words += f" ({adapter / max(parameters, 1):.2%} of {parameters:,})"
+    return words + " · not trained yet (identity)" * is_identity(found.rows)
 
 
-def _mark(picture: nx.DiGraph[str], found: Report) -> None:
-    """Record at each leaf the layers without an adapter that it represents."""
-    skipped = {layer.path: layer for layer in found.skipped}
-    layers = dict.fromkeys((*skipped, *found.trained_in_full))
-    below: dict[str, list[str]] = {}  # path of a module -> the layers that it is or contains
-    for path in layers:
-        for module in prefixes(path):
-            below.setdefault(module, []).append(path)
-    leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
-    for key, leaf in leaves.items():
-        # A graph of operators does not have boxes for modules, so a layer is shown where its parameters are read.
-        paths = [path for own in leaf.paths for path in below.get(own, ())]
-        paths = list(dict.fromkeys([*paths, *(path for path in leaf.readers if path in layers)]))
-        here = tuple(skipped[path] for path in paths if path in skipped)
-        full = tuple(path for path in paths if path not in skipped)
-        picture.nodes[key]["leaf"] = replace(leaf, skipped=here, trained=full)
+def _changes(rows: Iterable[Row]) -> Mapping[str, float]:
+    """The largest change of each layer's weight by an active adapter, 0 if none is active."""
+    active: dict[str, list[float]] = {}
+    for row in rows:
+        change = math.nan if row.weight_change is None else row.weight_change
+        active.setdefault(row.path, []).extend([change] if row.active else [])
+    return {path: largest(own) if own else 0.0 for path, own in active.items()}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import networkx as nx
 
-from hra_fx.reporting.row import Row, largest
 from hra_fx.view.drawing import drawing_of
-from hra_fx.view.tree import Leaf
 
 #: The attributes of a node that are fields of a leaf.
-_FIELDS = ("name", "detail", "kind", "op", "target", "shape", "dtype", "parameters")
+_FIELDS = ("name", "detail", "kind", "target", "shape")
 
 
 def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
@@ -19,20 +18,17 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
     Every adapted layer is in exactly one node. Attributes are strings and numbers. All nodes have:
 
-    * `name`, `detail` (class and shape of a layer), `kind` (`input`, `output`, `adapted_layer`, `module`, `op`, or
-      `eager` for a module that is not traced), `op` (the fx opcode, or `eager`), `target`;
+    * `name`, `detail` (class and shape of a layer), `target`, and `kind`: `input`, `output`, `adapted_layer`, `module`,
+      `op`, or `eager` for a module that is not traced;
     * `module`: path of the module whose forward contains the node, `""` for the model;
-    * `shape` and `dtype` of its value, `""` if unknown (pass `example_inputs`);
-    * `parameters`: number of its parameters; a shared parameter counts at the first node that reads it.
+    * `shape` of its value, `""` if unknown (pass `example_inputs`).
 
-    Adapted layers also have `adapted_layers` (their paths, one per line), `adapters`, `d` and `r`. If they can be
-    computed, they also have `mean_angle` and `angle` from the report (the largest value of the active adapters, or of
-    all adapters if none is active). In an adapted model, nodes of layers without an adapter have `skipped` (the
-    reason), and nodes of layers that are trained in full have `trained_in_full` (their paths).
+    Adapted layers also have `adapted_layers` (their paths, one per line), `d`, `r` (of the active adapters) and, if it
+    can be computed, `weight_change`, the largest of the active adapters. In an adapted model, layers without an adapter
+    have `skipped` (the reason), and layers that are trained in full have `trained_in_full` (their paths).
 
     Args:
-        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a
-            `torch.export.ExportedProgram`.
+        model: a module, transformed, plain or folded, or a `torch.fx.GraphModule`.
         example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
             the whole model, or if the call passes optional arguments.
 
@@ -41,7 +37,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
         and yEd, write it with `networkx.write_graphml(graph, file, named_key_ids=True)`.
 
     Raises:
-        VisualizeError: the model has another type, or does not take example inputs.
+        VisualizeError: the model has another type.
         AdapterError: `example_inputs` is not a tensor, a tuple or a dict.
 
     Example:
@@ -52,29 +48,19 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
         [('input', None), ('0', 2), ('1', None), ('output', None)]
     """
     drawing = drawing_of(model, example_inputs)
-    rows: dict[str, list[Row]] = {}
-    for row in drawing.report.rows:
-        rows.setdefault(row.path, []).append(row)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
-        graph.add_node(key, module=leaf.place[-1] if leaf.place else "")
-        data = graph.nodes[key]
-        data.update((name, getattr(leaf, name)) for name in _FIELDS)
+        data = {name: getattr(leaf, name) for name in _FIELDS}
+        data["module"] = leaf.place[-1] if leaf.place else ""
         if leaf.marks:
             data["adapted_layers"] = "\n".join(leaf.marks)
-        if leaf.marks and leaf.kind == "adapted_layer":
-            data |= _measured(leaf, [row for path in leaf.marks for row in rows.get(path, ())])
-        elif leaf.skipped:
+            data |= {"d": leaf.width, "r": leaf.rank}
+            changes = [drawing.changes[path] for path in leaf.marks]
+            data |= {} if any(map(math.isnan, changes)) else {"weight_change": max(changes)}
+        if leaf.skipped:
             data["skipped"] = "\n".join(dict.fromkeys(layer.reason for layer in leaf.skipped))
         if leaf.trained:
             data["trained_in_full"] = "\n".join(leaf.trained)
+        graph.add_node(key, **data)
     graph.add_edges_from(drawing.picture.edges)
     return graph
-
-
-def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
-    rows = [row for row in every if row.active] or every
-    values = {name: [getattr(row, name) for row in rows] for name in ("mean_angle", "angle")}
-    adapters = "\n".join(dict.fromkeys(row.adapter for row in every))
-    known = {name: largest(own) for name, own in values.items() if own and None not in own}
-    return {"adapters": adapters, "d": leaf.width, "r": leaf.rank, **known}

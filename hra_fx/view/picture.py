@@ -35,11 +35,10 @@ def visualize(
     the model, one of each module that is closed in another picture, and the report. Identical blocks are drawn once,
     and each adapted layer exactly once. Both formats follow the reader's light or dark theme.
 
-    Colors show how much each weight changes, `|W Q - W| / |W|`, or the mean angle if no weight can be read.
+    Colors show how much each weight changes, `|W Q - W| / |W|`. Values that do not depend on the inputs are not drawn.
 
     Args:
-        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a
-            `torch.export.ExportedProgram`.
+        model: a module, transformed, plain or folded, or a `torch.fx.GraphModule`.
         path: the file; its folder must exist.
         example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
             the whole model, or if the call passes optional arguments. Without example inputs, modules that torch.fx
@@ -52,7 +51,7 @@ def visualize(
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.
 
     Raises:
-        VisualizeError: unknown file extension, a path that cannot be written, or options that do not fit the model.
+        VisualizeError: unknown file extension or module, or a model of another type.
         AdapterError: `example_inputs` is not a tensor, a tuple or a dict.
 
     Example:
@@ -68,15 +67,8 @@ def visualize(
         raise VisualizeError(
             f"path: unsupported file extension {file.suffix!r} in {file.name!r}. Use one of {', '.join(FORMATS)}."
         )
-    if depth is not None and (type(depth) is not int or depth < 0):
-        raise VisualizeError(f"`depth` must be a non-negative int or None, got {depth!r}.")
     drawing = drawing_of(model, example_inputs)
-    root = scope_tree(drawing.picture, drawing.name, focus or "")
+    root = scope_tree(drawing.picture, type(model).__name__, focus or "")
     text = FORMATS[file.suffix.lower()](drawing, root, opening(root, depth))
-    try:
-        atomic_write(file.resolve(), text.encode("utf-8"))  # the file that a symbolic link points to
-    except OSError as error:
-        raise VisualizeError(
-            f"path: cannot write {path} ({error}). The old file, if any, is unchanged. Choose another path."
-        ) from error
+    atomic_write(file.resolve(), text.encode("utf-8"))  # the file that a symbolic link points to
     return file

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from itertools import groupby
 
 import networkx as nx
 
 from hra_fx.errors import VisualizeError
-from hra_fx.view.subject import name_of
-from hra_fx.view.tree import Edge, Item, Leaf, Scope, contract, joined, merge_repeats, module_of
+from hra_fx.view.tree import Edge, Item, Leaf, Scope, joined, merge_repeats, module_of, name_of
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
 #: Operations with a box of their own.
 _LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm", "einsum"})
-_Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
+#: The readers outside of a scope, in the flow between its groups.
+_OUTSIDE = -1
 
 
 def scope_tree(picture: nx.DiGraph[str], title: str, focus: str = "") -> Scope:
@@ -30,12 +29,9 @@ def scope_tree(picture: nx.DiGraph[str], title: str, focus: str = "") -> Scope:
         return nesting.scope("", title, list(picture), 0)
     leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
     calls = [call for leaf in leaves.values() for call in leaf.place if module_of(call) == focus]
-    keys = [key for key, leaf in leaves.items() if (calls[0] in leaf.place if calls else focus in leaf.paths)]
+    keys = [key for key, leaf in leaves.items() if (calls[0] in leaf.place if calls else focus == leaf.target)]
     if not keys:
-        shown = {path for leaf in leaves.values() for path in (*leaf.paths, *map(module_of, leaf.place))}
-        near = " or ".join(map(repr, difflib.get_close_matches(focus, sorted(shown), 3)))
-        similar = f"; did you mean {near}?" if near else ". See model.named_modules()."
-        raise VisualizeError(f"`focus`: the picture has no module {focus!r}{similar}")
+        raise VisualizeError(f"`focus`: the picture has no module {focus!r}. See model.named_modules().")
     place = leaves[keys[0]].place
     return nesting.scope(focus, focus, keys, place.index(calls[0]) + 1 if calls else len(place))
 
@@ -53,6 +49,9 @@ class _Nesting:
     def scope(self, call: str, name: str, keys: list[str], depth: int) -> Scope:
         """Create the scope of one call of a module.
 
+        Neighbors in the same call are one item, so no cycle arises. A module whose call is interrupted by other modules
+        is several items.
+
         Args:
             call: the name of the call in the places of leaves.
             name: name of the scope.
@@ -60,32 +59,24 @@ class _Nesting:
             depth: number of entries of their places that have already been processed.
         """
         path = module_of(call)
-        groups, flow = self._acyclic_groups(keys, depth)
+        runs = groupby(keys, key=lambda key: self.leaf(key).place[depth : depth + 1] or key)
+        groups = self._join_operations([list(run) for _, run in runs], depth)
+        place = {key: index for index, group in enumerate(groups) for key in group}
         ports = self._ports(keys)
-        leaving = [key for key in keys if any(reader not in groups for reader in self.picture.succ[key])]
-        leaves = ((group, self.leaf(group)) for group in flow if isinstance(group, str))
-        small: set[_Group] = {group for group, leaf in leaves if leaf.kind == "op" and leaf.name not in _LANDMARKS}
-        boxes = _join_operations(flow, small, {groups[key] for key in leaving})
-        first = {group: index for index, group in enumerate(flow)}
-        order = nx.lexicographical_topological_sort(_contracted(flow, boxes), key=first.__getitem__)
-        members: dict[_Group, list[str]] = {group: [] for group in order}
-        for key in keys:
-            members[boxes[groups[key]]].append(key)
-        place = {key: index for index, group in enumerate(members.values()) for key in group}
+        leaving = {place[key] for key in keys if any(reader not in place for reader in self.picture.succ[key])}
         scope = Scope(
             path=path,
             name=name,
             class_name=self.picture.graph["classes"].get(path, ""),
-            eager=not self.picture.graph["traced"],
-            items=tuple(self._item(group, inside, depth) for group, inside in members.items()),
-            edges=self._edges(members, place, list(ports)),
-            ports=tuple(ports.values()),
-            outputs=tuple(sorted({place[key] for key in leaving})),
-            paths=(path,) if path else (),
+            is_traced=self.picture.graph["traced"],
+            items=tuple(self._item(group, depth) for group in groups),
+            edges=self._edges(groups, place, ports),
+            ports=tuple(dict.fromkeys(ports.values())),
+            outputs=tuple(sorted(leaving)),
         )
-        return merge_repeats(_join_eager(scope))
+        return merge_repeats(scope)
 
-    def _ports(self, keys: list[str]) -> dict[str, str]:
+    def _ports(self, keys: Collection[str]) -> dict[str, str]:
         """The leaves outside with values that some leaves read, in the order in which they are read.
 
         Each has the name of its port: the outermost call around it that is not around the reader, or its own name.
@@ -100,117 +91,67 @@ class _Nesting:
                     ports[source] = next(map(name_of, outer), self.leaf(source).name)
         return ports
 
-    def _edges(
-        self, members: Mapping[_Group, list[str]], place: Mapping[str, int], ports: list[str]
-    ) -> tuple[Edge, ...]:
-        """The edges between the items of a scope, and from its ports."""
-        edges: set[Edge] = set()
-        for group, keys in members.items():
-            own = [] if isinstance(group, str) else list(self._ports(keys))
+    def _edges(self, groups: list[list[str]], place: dict[str, int], ports: dict[str, str]) -> tuple[Edge, ...]:
+        """The edges between the items of a scope, and from its ports. Each has the shapes of its values."""
+        names, shapes = list(dict.fromkeys(ports.values())), dict[tuple[int, int, int], dict[str, None]]()
+        for target, keys in enumerate(groups):
+            own = self._ports(keys)
+            entries = list(dict.fromkeys(own.values()))
             for key in keys:
                 for source, data in self.picture.pred[key].items():
-                    if place.get(source) != place[key]:
-                        start = place[source] if source in place else ~ports.index(source)
-                        edges.add(Edge(start, place[key], own.index(source) if own else 0, data["shape"]))
-        return tuple(sorted(edges))
+                    if place.get(source) != target:
+                        start = place[source] if source in place else ~names.index(ports[source])
+                        ends = start, target, entries.index(own[source])
+                        shapes.setdefault(ends, {})[data["shape"]] = None
+        return tuple(sorted(Edge(*ends, ", ".join(own)) for ends, own in shapes.items()))
 
-    def _acyclic_groups(self, keys: list[str], depth: int) -> tuple[dict[str, _Group], nx.DiGraph[_Group]]:
-        """Return the item of each leaf, and the flow between items.
+    def _join_operations(self, groups: list[list[str]], depth: int) -> list[list[str]]:
+        """Join groups of leaves so that there is a box for each expression, such as the rotated query of an attention.
 
-        A module with calls that are interleaved with others is not one box, because contracting it would create a
-        cycle. Its items are placed directly in this scope.
+        An operation that one other operation reads joins it, at the place of the reader, which is the later one.
+        Expressions with the same sources and readers are also joined.
         """
-        opened: set[_Group] = set()
-        while True:
-            groups = {key: self._group(key, depth, opened) for key in keys}
-            flow: nx.DiGraph[_Group] = nx.DiGraph()
-            flow.add_nodes_from(groups.values())
-            for key, reader in self.picture.out_edges(keys):
-                if reader in groups and groups[reader] != groups[key]:
-                    flow.add_edge(groups[key], groups[reader])
-            tangled = [part for part in nx.strongly_connected_components(flow) if len(part) > 1]
-            if not tangled:
-                return groups, flow
-            opened |= {group for part in tangled for group in part if not isinstance(group, str)}
+        place = {key: index for index, group in enumerate(groups) for key in group}
+        edges = {(place[a], place.get(b, _OUTSIDE)) for a, b in self.picture.out_edges(place)}
+        flow: nx.DiGraph[int] = nx.DiGraph((a, b) for a, b in edges if a != b)
+        flow.add_nodes_from(range(len(groups)))
+        leaves = enumerate(self.leaf(group[0]) for group in groups)
+        small = {index for index, leaf in leaves if leaf.kind == "op" and leaf.name not in _LANDMARKS}
+        small -= {index for index, group in enumerate(groups) if len(self.leaf(group[0]).place) > depth}
+        boxes = {_OUTSIDE: _OUTSIDE}  # group -> the one that it joins
+        for index in reversed(range(len(groups))):
+            readers = {boxes[reader] for reader in flow.succ[index]}
+            boxes[index] = readers.pop() if index in small and len(readers) == 1 and readers <= small else index
+        joined_flow = nx.relabel_nodes(flow, boxes)
+        joined_flow.remove_edges_from(list(nx.selfloop_edges(joined_flow)))
+        first: dict[object, int] = {}
+        for index in sorted(small & {*boxes.values()}):
+            around = frozenset(joined_flow.pred[index]), frozenset(joined_flow.succ[index])
+            boxes[index] = first.setdefault(around, index)
+        members: dict[int, list[str]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(boxes[boxes[index]], []).extend(group)
+        return [members[box] for box in sorted(members)]
 
-    def _group(self, key: str, depth: int, opened: set[_Group]) -> _Group:
-        place = self.leaf(key).place
-        while depth < len(place) and (place[depth], depth) in opened:
-            depth += 1
-        return (place[depth], depth) if depth < len(place) else key
-
-    def _item(self, group: _Group, keys: list[str], depth: int) -> Item:
-        if isinstance(group, tuple):
-            call, level = group
-            return _unwrap(self.scope(call, name_of(call), keys, level + 1))
-        leaves = []
-        for leaf in map(self.leaf, keys):
-            tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that are not drawn as one box
-            leaves.append(replace(leaf, name=".".join([*tangled, leaf.name])))
+    def _item(self, group: list[str], depth: int) -> Item:
+        leaves = [self.leaf(key) for key in group]
+        if len(leaves[0].place) > depth:
+            call = leaves[0].place[depth]
+            return _unwrap(self.scope(call, name_of(call), group, depth + 1))
         return _listing(leaves) if len(leaves) > 1 else leaves[0]
 
 
-def _join_operations(flow: nx.DiGraph[_Group], small: set[_Group], leaving: set[_Group]) -> dict[_Group, _Group]:
-    """Return for each group the one that represents its box. Contracting these boxes does not create a cycle.
-
-    An operation that one box reads joins it, so that there is a box for each expression, such as the rotated query of
-    an attention. Expressions with the same sources and readers are one box.
-
-    Args:
-        flow: acyclic flow between groups.
-        small: the operations that may be joined.
-        leaving: groups with a value that is read outside.
-
-    >>> _join_operations(nx.DiGraph([("view", "transpose"), ("transpose", "layer")]), {"view", "transpose"}, set())
-    {'view': 'transpose', 'transpose': 'transpose', 'layer': 'layer'}
-    """
-    boxes = {group: group for group in flow}
-    for group in reversed(list(nx.topological_sort(flow))):
-        readers = {boxes[reader] for reader in flow.succ[group]}
-        if group in small and group not in leaving and len(readers) == 1 and readers <= small:
-            boxes[group] = readers.pop()
-    joined_flow = _contracted(flow, boxes)
-    ends = {box: (frozenset(joined_flow.pred[box]), frozenset(joined_flow.succ[box])) for box in joined_flow}
-    first: dict[object, _Group] = {}
-    twins = {box: first.setdefault(around, box) for box, around in ends.items() if box in small and around[1]}
-    return {group: twins.get(box, box) for group, box in boxes.items()}
-
-
-def _contracted(flow: nx.DiGraph[_Group], boxes: Mapping[_Group, _Group]) -> nx.DiGraph[_Group]:
-    """The flow between boxes."""
-    found: nx.DiGraph[_Group] = nx.DiGraph()
-    found.add_nodes_from(boxes[group] for group in flow)
-    found.add_edges_from((boxes[a], boxes[b]) for a, b in flow.edges if boxes[a] != boxes[b])
-    return found
-
-
-def _join_eager(scope: Scope) -> Scope:
-    """Join neighbors that are not traced."""
-
-    def follows(index: int) -> bool:
-        return all(isinstance(item, Leaf) and item.kind == "eager" for item in scope.items[index - 1 : index + 1])
-
-    return contract(scope, follows, _listing)
-
-
-def _listing(items: Sequence[Item]) -> Leaf:
-    """Create one leaf with the names of several leaves."""
-    leaves = [item for item in items if isinstance(item, Leaf)]
-    names, details = [leaf.name for leaf in leaves], [leaf.detail for leaf in leaves]
+def _listing(leaves: Sequence[Leaf]) -> Leaf:
+    """Create one leaf with the names of several operations."""
+    names, details = [leaf.name for leaf in leaves], dict.fromkeys(leaf.detail for leaf in leaves if leaf.detail)
     shown = names[0]
     for index, name in enumerate(names[1:], start=1):
         if len(shown) + len(name) > _LETTERS_SHOWN:
             shown += f" + {len(names) - index}"
             break
         shown += f", {name}"
-    return replace(
-        joined(leaves),
-        name=shown,
-        detail=f"{len(names)} modules" if leaves[0].kind == "eager" else ", ".join(filter(None, details)),
-        target=", ".join(names),
-        shape=leaves[-1].shape,
-        dtype=leaves[-1].dtype,
-    )
+    last = leaves[-1].shape
+    return replace(joined(leaves), name=shown, detail=", ".join(details), target=", ".join(names), shape=last)
 
 
 def _unwrap(scope: Scope) -> Item:
@@ -219,8 +160,7 @@ def _unwrap(scope: Scope) -> Item:
         return scope
     item = scope.items[0]
     if isinstance(item, Leaf) and item.kind == "op":
-        path, kind = scope.path, scope.class_name
-        return replace(item, name=scope.name, detail=kind, kind="module", target=path, paths=(path,))
+        return replace(item, name=scope.name, detail=scope.class_name, kind="module", target=scope.path)
     return replace(item, name=_below(scope.name, item.name), last=item.last and _below(scope.name, item.last))
 
 

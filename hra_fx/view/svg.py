@@ -1,43 +1,56 @@
-"""Draw placed boxes as SVG elements: shapes and text. Colors are roles of a theme; see `theme.colored`."""
+"""Draw the items of a picture as SVG elements, from the inside out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 from xml.etree.ElementTree import Element, SubElement
 
-from hra_fx.view.heatmap import CELL
-from hra_fx.view.layout import DETAIL, NAME, PORT, STACKED, STRIP, Box, Route, count_width
-from hra_fx.view.theme import ink_on, width
+from hra_fx.reporting.words import shorten
+from hra_fx.view.drawing import Drawing
+from hra_fx.view.layout import Layout, Route, Size, rows_of
+from hra_fx.view.opening import Opening
+from hra_fx.view.theme import COLORS, width
+from hra_fx.view.tree import Edge, Item, Leaf, Scope, span
 
-FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+_NAME, _DETAIL, _SHAPE = 12.5, 11.0, 9.5  # font sizes; the last one is that of the shapes of values
+_LINE = 16.0  # height of a line of text
+_CELL = 9.0  # height of a row of heat cells
+_NARROWEST = 3.0  # width of a cell
+_PAD = 14.0
+_LETTERS = 38
+_NOTHING = Size(0, 0)
 
-_SHAPE = 9.5  # font size of the shapes of values
-
-
-class Look(NamedTuple):
-    """Colors of a box, as roles of `theme.COLORS`; its description in the legend, and the dashes of its border."""
-
-    fill: str
-    line: str
-    ink: str
-    words: str = ""
-    dashes: str = ""
-
-
-LOOKS = {
-    "adapted_layer": Look("card", "violet-line", "ink", "adapted layer"),
-    "trained": Look("blue-pale", "blue-line", "blue", "trained in full"),
-    "plain": Look("card", "line", "ink", "other operation"),
-    "closed": Look("module", "line", "ink", "module"),
-    "traced": Look("module", "line", "ink", "module"),
-    "untraced": Look("untraced", "amber-line", "ink", "module that is not traced, without edges", "4 3"),
-    "eager": Look("amber-pale", "amber-line", "amber", "not traced, without adapters", "4 3"),
-    "port": Look("port", "line", "ink"),
+#: The class of a box -> the colors of its frame, as roles of `theme.COLORS`.
+_LOOKS = {
+    "adapted_layer": ("violet-pale", "violet-line"),
+    "trained": ("blue-pale", "blue-line"),
+    "plain": ("card", "line"),
+    "closed": ("module", "line"),
+    "open": ("module", "line"),
+    "port": ("port", "line"),
 }
-#: A function that gets the element of each box, with what it shows.
-Mark: TypeAlias = Callable[[Element, Box], None]
+
+
+class Span(NamedTuple):
+    """A part of a line of text."""
+
+    text: str
+    size: float = _NAME
+    ink: str = "ink"
+    bold: bool = False
+
+
+def shape(parent: Element, tag: str, **attributes: str | float) -> Element:
+    """Add an element. Numbers are rounded, roles become colors, and `_` in names becomes `-`."""
+    texts = {
+        name.rstrip("_").replace("_", "-"): COLORS.get(value, (value,))[0] if isinstance(value, str) else number(value)
+        for name, value in attributes.items()
+    }
+    return SubElement(parent, tag, texts)
 
 
 def number(value: float) -> str:
@@ -49,185 +62,182 @@ def number(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def shape(parent: Element, tag: str, **attributes: str | float) -> Element:
-    """Add an element. Numbers are rounded, and `_` in names becomes `-`."""
-    texts = {
-        name.rstrip("_").replace("_", "-"): value if isinstance(value, str) else number(value)
-        for name, value in attributes.items()
-    }
-    return SubElement(parent, tag, texts)
+def write(parent: Element, x: float, y: float, *spans: Span, anchor: str = "start") -> Element:
+    """Add a line of text with its baseline at `y`."""
+    line = shape(parent, "text", x=x, y=y, text_anchor=anchor)
+    for at, part in enumerate(spans):
+        look = {"font_weight": "600"} if part.bold else {}
+        shape(line, "tspan", font_size=part.size, fill=part.ink, dx=8.0 * bool(at), **look).text = part.text
+    return line
 
 
-def write(
-    parent: Element, x: float, y: float, text: str, size: float, fill: str, *, bold: bool = False, anchor: str = "start"
-) -> Element:
-    """Add one line of text with its baseline at `y`."""
-    element = shape(parent, "text", x=x, y=y, font_size=size, fill=fill)
-    if bold:
-        element.set("font-weight", "600")
-    if anchor != "start":
-        element.set("text-anchor", anchor)
-    element.text = text
-    return element
+def line_width(spans: Sequence[Span]) -> float:
+    """The width of a line of text."""
+    return sum(width(part.text, part.size, bold=part.bold) + 8 for part in spans) - 8
 
 
-def draw(parent: Element, box: Box, x: float, y: float, marked: Mark | None = None, *, root: bool = False) -> None:
-    """Draw a box and everything inside it. The root does not have a frame. `marked` gets the element of each box."""
-    item = box.item
-    group = shape(parent, "g", class_="root" if root else box.look)
-    SubElement(group, "title").text = box.tip
-    if marked:
-        marked(group, box)
-    if box.parts is not None:
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn item: its element, with the upper left corner at the origin, and its size."""
+
+    element: Element
+    size: Size
+
+    def put(self, parent: Element, x: float, y: float) -> None:
+        """Add the element at a position."""
+        self.element.set("transform", f"translate({number(x)} {number(y)})")
+        parent.append(self.element)
+
+
+@dataclass(frozen=True)
+class Pen:
+    """Draws the items of one picture. `link` returns the address of the picture of a closed module, if it has one."""
+
+    drawing: Drawing
+    is_open: Opening
+    link: Callable[[Scope], str] = lambda scope: ""
+
+    def draw(self, item: Item, *, root: bool = False) -> Drawn:
+        """Draw an item and everything inside it. The root does not have a frame."""
+        group = Element("g")
+        SubElement(group, "title").text = self._tip(item)
+        if isinstance(item, Leaf):
+            return self._leaf(group, item)
+        if self.is_open(item):
+            return self._open_module(group, item, root=root)
+        if address := self.link(item):
+            group.tag = "a"
+            group.set("href", f"#{address}")
+        words = [item.class_name, f"{len(item.marks)} adapted" * bool(item.marks), self.drawing.change(item.marks)]
+        words += [f"{len(item.skipped)} not adapted" * bool(item.skipped)]
+        lines = [[self._name(item, bold=True)], [Span(" · ".join(filter(None, words)), _DETAIL, "faint")]]
+        return self._box(group, "closed", lines, item)
+
+    def _tip(self, item: Item) -> str:
+        """The tooltip: the adapted layers of a box that is not open, and why its layers have no adapter."""
+        layers = [f"{path} · {self.drawing.change([path])}".removesuffix(" · ") for path in item.marks]
+        if isinstance(item, Scope):
+            return "\n".join([f"{item.path or item.name}: {item.class_name}", *layers * (not self.is_open(item))])
+        lines = [f"{item.target}: {item.detail or item.kind}", *filter(None, [item.shape]), *layers]
+        lines += (f"{path} is trained in full" for path in item.trained)
+        return "\n".join([*lines, *(f"{layer.path} has no adapter: {layer.reason}" for layer in item.skipped)])
+
+    def _name(self, item: Item, *, bold: bool = False) -> Span:
+        return Span(shorten(span(item), _LETTERS), bold=bold)
+
+    def _leaf(self, group: Element, leaf: Leaf) -> Drawn:
+        name, detail = self._name(leaf).text, shorten(leaf.detail, _LETTERS)
+        if leaf.kind != "adapted_layer":
+            look = "port" if leaf.kind in ("input", "output") else "trained" if leaf.trained else "plain"
+            details = [Span(detail, _DETAIL, "blue" if leaf.trained else "faint")] * (detail not in ("", name))
+            return self._box(group, look, [[Span(name), *details]], leaf)
+        words = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no active adapter"
+        if leaf.rank and (change := self.drawing.change(leaf.marks)):
+            words += f" · {change}"
+        last = words if leaf.marks else "same layer, called again"
+        lines = [[Span(name, bold=True)], [Span(detail, _DETAIL, "faint")], [Span(last, _DETAIL, "violet", bold=True)]]
+        return self._box(group, "adapted_layer", lines, leaf)
+
+    def _box(self, group: Element, look: str, lines: Sequence[Sequence[Span]], item: Item | None) -> Drawn:
+        """Draw a frame around lines of text, with a cell below them for each adapted layer.
+
+        If a box represents several modules, each of them has a column of cells.
+        """
+        inner = max(map(line_width, lines))
+        marks = item.marks if item and self.drawing.largest_change else ()
+        fitting = int(inner / _NARROWEST)
+        columns = item.count if item and 1 < item.count <= fitting else min(len(marks), fitting)
+        cells = math.ceil(len(marks) / columns) * _CELL if marks else 0.0
+        pad = 2.5 if look == "port" else 6.5
+        size = Size(inner + 2 * _PAD, len(lines) * _LINE + 2 * pad + (cells and cells + 4))
+        _frame(group, look, size)
+        for at, spans in enumerate(lines):
+            write(group, size.width / 2, pad + at * _LINE + 12.5, *spans, anchor="middle")
+        for at, path in enumerate(marks):
+            row, column = divmod(at, columns)
+            x, y = _PAD + column * inner / columns, size.height - cells - pad + row * _CELL
+            cell = shape(group, "rect", x=x, y=y, width=inner / columns, height=_CELL, stroke="card", class_="cell")
+            cell.set("fill", COLORS[self.drawing.color(path)][0])
+            SubElement(cell, "title").text = f"{path} · {self.drawing.change([path])}"
+        if item and isinstance(item, Leaf) and item.skipped:
+            skipped_marker(group, 7.5, size.height / 2, targeted=any(layer.targeted for layer in item.skipped))
+        return Drawn(group, size)
+
+    def _open_module(self, group: Element, scope: Scope, *, root: bool) -> Drawn:
+        """Draw a module with its ports, its items and the edges between them."""
+        ports = [self._port(name if len(scope.ports) > 1 else "") for name in scope.ports]
+        count = len(ports)
+        boxes = [*ports, *map(self.draw, scope.items), *[Drawn(Element("g"), _NOTHING)] * bool(scope.outputs)]
+        rows = [0] * count + [row + bool(count) for row in rows_of(scope)]
+        rows += [max(rows) + 1] * bool(scope.outputs)
+        edges = [
+            edge._replace(source=edge.source + count if edge.source >= 0 else ~edge.source, target=edge.target + count)
+            for edge in scope.edges
+        ]
+        edges += [Edge(output + count, len(boxes) - 1, 0) for output in scope.outputs]
+        inner = Layout([box.size for box in boxes], edges, rows)
+        title = [self._name(scope, bold=True), Span(shorten(scope.class_name, _LETTERS), _DETAIL, "faint")]
+        left, top, wide, high = 0.0, 0.0, inner.width, inner.height
         if not root:
-            _draw_frame(group, box, x, y)
-        _draw_inside(group, box, x + box.body[0], y + box.body[1], marked)
-        return
-    _draw_single(group, box, x, y)
-    if marked and box.look == "closed":  # it leads to another picture
-        shape(group, "path", d=f"M{number(x + 7)} {number(y + 7)}l5 3.5l-5 3.5z", class_="opens")
-    if item.skipped:
-        middle = 24 if box.look in STACKED else box.size.height / 2
-        skipped_marker(group, x + 7.5, y + middle, refused=any(layer.targeted for layer in item.skipped))
+            wide = max(line_width(title), inner.width) + 2 * _PAD
+            left, top = (wide - inner.width) / 2, 27.0 + 12 * (not ports)
+            high = top + inner.height + 12 * (not scope.outputs)
+            _frame(group, "open", Size(wide, high))
+            write(group, 13, 18, *title)
+        else:
+            group.set("class", "root")
+        body = Element("g")
+        _draw_edges(body, inner.routes, range(count, count + len(scope.items)), "card" if root else "module")
+        for box, x, y in zip(boxes, inner.x, inner.top, strict=True):
+            box.put(body, x - box.size.width / 2, y)
+        Drawn(body, _NOTHING).put(group, left, top)
+        ends = [left + x - wide / 2 for x in inner.x]
+        return Drawn(group, Size(wide, high, tuple(ends[:count]) or (0.0,), ends[-1] if scope.outputs else 0.0))
+
+    def _port(self, name: str) -> Drawn:
+        """Draw the name of the box or module that a value comes from, if there are several."""
+        group = Element("g")
+        return self._box(group, "port", [[Span(name, _DETAIL, "faint")]], None) if name else Drawn(group, _NOTHING)
 
 
-def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:
+def _frame(group: Element, look: str, size: Size) -> None:
+    fill, line = _LOOKS[look]
+    group.set("class", look)
+    radius = size.height / 2 if look == "port" else 6.0
+    shape(group, "rect", width=size.width, height=size.height, rx=radius, fill=fill, stroke=line, class_="frame")
+
+
+def skipped_marker(parent: Element, x: float, y: float, *, targeted: bool) -> None:
     """The marker of a layer without an adapter: gray, or red if it should have one."""
-    look = {"stroke": "red-line", "class_": "refused"} if refused else {"stroke": "edge", "class_": "skipped"}
+    look = {"stroke": "red-line", "class_": "refused"} if targeted else {"stroke": "edge", "class_": "skipped"}
     shape(parent, "circle", cx=x, cy=y, r=3.5, fill="card", stroke_width=1.7, **look)
 
 
-def _outline(group: Element, box: Box, x: float, y: float, radius: float, kind: str = "frame") -> None:
-    look, wide, high = LOOKS[box.look], box.size.width, box.size.height
-    frame = shape(group, "rect", x=x, y=y, width=wide, height=high, rx=radius, fill=look.fill, stroke=look.line)
-    frame.set("class", kind)
-    if look.dashes:
-        frame.set("stroke-dasharray", look.dashes)
-
-
-def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
-    """Draw a box with a name, and a strip on top for an adapted layer; or a stack for several modules."""
-    look, wide, high = box.look, box.size.width, box.size.height
-    ink = LOOKS[look].ink
-    if look == "closed" and box.count:
-        _outline(group, box, x + 4, y + 4, 6, "under")
-    _outline(group, box, x, y, high / 2 if look == "port" else 6)
-    middle = x + (wide - count_width(box.count)) / 2
-    faint = "amber" if look == "eager" else "faint"
-    if look not in STACKED:
-        name = write(group, middle, y + high / 2 + 4.5, box.name, NAME, ink, anchor="middle")
-        shape(name, "tspan", dx=7.0 * bool(box.detail), font_size=DETAIL, fill=faint).text = box.detail
-        _badge(group, box, x + wide - 8, y + 6)
-        return
-    top = y + (STRIP if box.strip else 5)
-    if box.strip:
-        _draw_strip(group, box, x, y)
-    write(group, middle, top + 16, box.name, NAME, ink, bold=True, anchor="middle")
-    write(group, x + wide / 2, top + 31.5, box.detail, DETAIL, faint, anchor="middle")
-    _badge(group, box, x + wide - 8, top + 4)
-    _draw_cells(group, box, x + 8, y + high - box.cells.height)
-
-
-def _draw_strip(group: Element, box: Box, x: float, y: float) -> None:
-    """Draw the adapter as a strip on top of its layer."""
-    wide, corner = box.size.width, STRIP - 6
-    top = f"M{number(x)} {number(y + STRIP)}v{number(-corner)}a6 6 0 0 1 6 -6h{number(wide - 12)}"
-    top += f"a6 6 0 0 1 6 6v{number(corner)}z"
-    shape(group, "path", d=top, fill=box.heat or "violet-pale", stroke="violet-line", class_="strip")
-    ink = ink_on(box.heat) if box.heat else "violet"
-    write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, ink, bold=True, anchor="middle")
-
-
-def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
-    """Draw a cell for every adapted layer in the box, below its text."""
-    cells, room = box.cells, box.size.width - 16
-    wide = room / cells.columns
-    for index, (fill, tip) in enumerate(zip(cells.colors, cells.tips, strict=True)):
-        row, column = divmod(index, cells.columns)
-        cell = shape(
-            group, "rect", x=x + column * wide, y=y + row * CELL, width=wide, height=CELL, fill=fill, class_="cell"
-        )
-        if wide > 6:
-            cell.attrib.update(stroke="card")
-        SubElement(cell, "title").text = tip
-    if cells.colors:
-        shape(group, "rect", x=x, y=y, width=room, height=cells.height - 5, fill="none", stroke="edge")
-
-
-def _badge(group: Element, box: Box, right: float, y: float) -> None:
-    """Draw the number of modules that a box represents."""
-    if box.count:
-        wide = width(box.count, DETAIL, bold=True) + 10
-        frame = {"fill": "card", "stroke": "ink", "class_": "badge"}
-        shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, **frame)
-        write(group, right - wide / 2, y + 12, box.count, DETAIL, "ink", bold=True, anchor="middle")
-
-
-def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
-    """Draw the frame and the title of an open module."""
-    _outline(group, box, x, y, 8)
-    title = write(group, x + 13, y + 18, box.name, NAME, "ink", bold=True)
-    shape(title, "tspan", dx=8.0, font_size=DETAIL, fill="faint", font_weight="400").text = box.detail
-    _badge(group, box, x + box.size.width - 8, y + 6)
-
-
-def _draw_inside(group: Element, box: Box, left: float, top: float, marked: Mark | None) -> None:
-    """Draw the edges of an open module, then its ports, and the boxes on top of the edges."""
-    parts, starts = box.parts or (), dict[int, list[Route]]()
-    for route in box.routes:
-        line = path_of(route, left, top)
-        edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
-        if route.edge.target < len(parts):
-            edge.set("marker-end", "url(#//arrow)")
-            starts.setdefault(route.edge.source, []).append(route)
-    for name, x, wide in box.ports:
-        frame = {"fill": "port", "stroke": "line", "class_": "entry"}
-        shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, **frame)
-        write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle").set("class", "entry")
-    paper = LOOKS[box.look].fill if box.body[1] else "card"
-    for source, routes in starts.items():
-        for place in _shapes(routes, left, top) if source < len(parts) else ():
-            text = write(group, **place)
-            text.attrib.update({"class": "shape", "stroke": paper, "stroke-width": "3", "paint-order": "stroke"})
-    for part in parts:
-        draw(group, part, left + part.x, top + part.y, marked)
-
-
-def _shapes(routes: list[Route], left: float, top: float) -> Iterator[dict[str, Any]]:
-    """The shape of the value on the edges of a box, beside their start, on the side that they do not turn to.
-
-    If the edges carry values of several shapes, each shape is beside the arrow of its edge.
-    """
-    look = {"size": _SHAPE, "fill": "faint"}
-    shapes = dict.fromkeys(route.edge.shape for route in routes)
-    if len(shapes) == 1:
-        x, _, y = routes[0].pieces[0]
-        is_left = sum(route.pieces[1][0] - x for route in routes) > 8
-        end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
-        yield {"y": top + y + 11, "text": routes[0].edge.shape, **end, **look}
-        return
+def _draw_edges(body: Element, routes: Sequence[Route], parts: range, paper: str) -> None:
+    """Draw edges, with arrows except at ports and borders, and beside their start the shapes of the values."""
+    starts: dict[int, list[Route]] = {}
     for route in routes:
-        x, y, _ = route.pieces[-1]
-        yield {"x": left + x + 5, "y": top + y - 4, "text": route.edge.shape, **look}
+        starts.setdefault(route.edge.source, []).append(route)
+        shape(body, "path", d=path_of(route), fill="none", stroke="edge", stroke_width=1.3, class_="edge")
+        if route.edge.target in parts:
+            x, _, y = route.pieces[-1]
+            shape(body, "path", d=f"M{number(x)} {number(y)}l-3.5 -7h7z", fill="edge")
+    for source, own in starts.items():
+        text = ", ".join(dict.fromkeys(filter(None, (route.edge.shape for route in own))))
+        if source in parts and text:
+            x, _, y = own[0].pieces[0]
+            is_left = sum(route.pieces[1][0] - x for route in own) > 8  # the side to which edges do not turn
+            at, anchor = (x - 5, "end") if is_left else (x + 5, "start")
+            label = write(body, at, y + 11, Span(text, _SHAPE, "faint"), anchor=anchor)
+            label.attrib.update({"class": "shape", "stroke": COLORS[paper][0], "stroke-width": "3"})
+            label.set("paint-order", "stroke")
 
 
-def path_of(route: Route, left: float, top: float) -> str:
-    """The path data of an edge: vertical next to boxes, and curved in the gaps between rows.
-
-    Segments of length zero are avoided, because some viewers draw the arrow at the end of such a segment to the right.
-    """
+def path_of(route: Route) -> str:
+    """The path data of an edge: vertical next to boxes, and curved in the gaps between rows."""
     x, begin, end = route.pieces[0]
-    words, y = [f"M{number(left + x)} {number(top + begin)}"], number(top + begin)
-    y = _down(words, y, number(top + end))
+    words = [f"M{number(x)} {number(begin)}V{number(end)}"]
     for (x0, _, y0), (x1, y1, y2) in pairwise(route.pieces):
-        bend, there, y = number(top + (y0 + y1) / 2), number(left + x1), number(top + y1)
-        words.append(f"C{number(left + x0)} {bend} {there} {bend} {there} {y}")
-        y = _down(words, y, number(top + y2))
+        bend = number((y0 + y1) / 2)
+        words.append(f"C{number(x0)} {bend} {number(x1)} {bend} {number(x1)} {number(y1)}V{number(y2)}")
     return "".join(words)
-
-
-def _down(words: list[str], start: str, end: str) -> str:
-    """Add a vertical line to a y position, unless the path is already there."""
-    if start != end:
-        words.append(f"V{end}")
-    return end

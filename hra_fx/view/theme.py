@@ -7,34 +7,7 @@ of layers with and without adapters, have a contrast of at least 3:1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from xml.etree.ElementTree import Element
 
-#: Role -> the colors on light and on dark backgrounds. `violet` is an adapter, `blue` a layer that is trained in full,
-#: `red` a layer that should have an adapter but does not, and `amber` anything that is not traced.
-COLORS: Mapping[str, tuple[str, str]] = {
-    "paper": ("#f6f7fa", "#12161d"),
-    "card": ("#ffffff", "#1b212b"),
-    "ink": ("#1f2733", "#e6eaf1"),
-    "faint": ("#505b6b", "#a9b4c4"),
-    "rule": ("#d4dae3", "#343d4b"),
-    "edge": ("#7b8798", "#7f8b9f"),
-    "line": ("#a9b4c3", "#66738a"),
-    "port": ("#eceff4", "#2a323f"),
-    "module": ("#eff3f8", "#161c25"),
-    "violet": ("#43247a", "#dccdfb"),
-    "violet-pale": ("#e6dcf9", "#3a2a5e"),
-    "violet-line": ("#8a68cf", "#9a7fdc"),
-    "amber": ("#5c430c", "#f0d79b"),
-    "amber-pale": ("#fdf6e3", "#2e2818"),
-    "amber-line": ("#c9a64f", "#94793a"),
-    "untraced": ("#fffdf8", "#1c1a15"),
-    "blue": ("#17406d", "#cfe2fa"),
-    "blue-pale": ("#d8e8fb", "#1d3557"),
-    "blue-line": ("#4b86c4", "#5f93cc"),
-    "red": ("#a3241b", "#ffa79e"),
-    "red-line": ("#cc4237", "#e0685d"),
-    "focus": ("#0b63ce", "#6cb0ff"),
-}
 #: The colors of a heatmap from small to large values, on light and on dark backgrounds: parts of matplotlib's magma, in
 #: which large values stand out. The order is visible with every kind of color blindness, and in black and white prints.
 HEAT: tuple[tuple[str, str], ...] = (
@@ -53,8 +26,28 @@ HEAT: tuple[tuple[str, str], ...] = (
     ("#280e55", "#fde8aa"),
     ("#0e0b2b", "#fcf7b9"),
 )
-#: The color of a value that could not be computed.
-UNKNOWN = ("#c9ced6", "#4a5362")
+#: Role -> the colors on light and on dark backgrounds. `violet` is an adapter, `blue` a layer that is trained in full,
+#: `red` a layer that should have an adapter but does not, and `unknown` a change that could not be computed.
+COLORS: Mapping[str, tuple[str, str]] = {
+    "paper": ("#f6f7fa", "#12161d"),
+    "card": ("#ffffff", "#1b212b"),
+    "ink": ("#1f2733", "#e6eaf1"),
+    "faint": ("#505b6b", "#a9b4c4"),
+    "rule": ("#d4dae3", "#343d4b"),
+    "edge": ("#7b8798", "#7f8b9f"),
+    "line": ("#a9b4c3", "#66738a"),
+    "port": ("#eceff4", "#2a323f"),
+    "module": ("#eff3f8", "#161c25"),
+    "violet": ("#43247a", "#dccdfb"),
+    "violet-pale": ("#e6dcf9", "#3a2a5e"),
+    "violet-line": ("#8a68cf", "#9a7fdc"),
+    "blue": ("#17406d", "#cfe2fa"),
+    "blue-pale": ("#d8e8fb", "#1d3557"),
+    "blue-line": ("#4b86c4", "#5f93cc"),
+    "red-line": ("#cc4237", "#e0685d"),
+    "unknown": ("#c9ced6", "#4a5362"),
+    **{f"heat{step}": pair for step, pair in enumerate(HEAT)},
+}
 #: Widths in em of DejaVu Sans, the widest of the common sans-serif fonts, so that text fits its box in all of them.
 _WIDTHS = {
     **dict.fromkeys("ijl.,:;'|! I", 0.34),
@@ -64,40 +57,15 @@ _WIDTHS = {
 }
 
 
-def colored(root: Element) -> None:
-    """Replace the names of roles in the attributes of an SVG with the colors on light backgrounds."""
-    for element in root.iter():
-        for name in ("fill", "stroke"):
-            role = element.get(name, "")
-            if role in COLORS:
-                element.set(name, COLORS[role][0])
-
-
 def dark_rules(text: str) -> str:
     """The style rules that show the pictures in a text in the dark theme, if the reader's system has one."""
     rules = [
         f'[{name}="{light}"]{{{name}:{dark}}}'
-        for light, dark in (*COLORS.values(), *HEAT, UNKNOWN)
+        for light, dark in COLORS.values()
         for name in ("fill", "stroke")
         if f'{name}="{light}"' in text
     ]
-    rules += [
-        f'.strip[fill="{light}"]+text{{fill:{ink_on(dark)}}}' for light, dark in (*HEAT, UNKNOWN) if light in text
-    ]
     return f"@media screen and (prefers-color-scheme:dark){{{''.join(rules)}}}"
-
-
-def ink_on(fill: str) -> str:
-    """Black or white: the color with the higher contrast on another color (at least 4.5:1).
-
-    >>> ink_on("#fcf7b9"), ink_on("#0e0b2b")
-    ('#000000', '#ffffff')
-    """
-    # The relative luminance of https://www.w3.org/TR/WCAG22/#dfn-relative-luminance
-    shares = [channel / 255 for channel in bytes.fromhex(fill[1:])]
-    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
 
 
 def width(text: str, size: float, *, bold: bool = False) -> float:

@@ -5,7 +5,7 @@ path that leaves the run never returns to an earlier index.
 
 Identical neighbors are drawn once: `encoder.layer.0 … encoder.layer.5` becomes one block with "× 6". Two items are
 identical if they read the same values, except that each reads its predecessor, and if their signatures are equal: the
-same classes, names (without numbers), operations and edges at all levels, and optionally the same sizes and ranks.
+same classes, names (without numbers), operations, edges, sizes and ranks at all levels.
 """
 
 from __future__ import annotations
@@ -27,22 +27,17 @@ class Leaf:
 
     name: str  # inside its module
     detail: str  # class and shape, or the parameters that an operation reads
-    kind: LeafKind  # how it is drawn
-    op: str  # the fx opcode; "eager" for a module that is not traced
+    kind: LeafKind  # how it is drawn; "eager" for a module without an adapter that is not traced
     target: str  # qualified name of the module, or name of the function
     place: tuple[str, ...]  # qualified names of its parents, outermost first; the n-th call of one has `@n` appended
     marks: tuple[str, ...] = ()  # paths of the adapted layers in it; empty for later calls of a shared layer
     width: int = 0  # length `d` of the reflection vectors
     rank: int = 0  # number of reflection vectors in use, over all adapters
-    count: int = 1  # number of identical neighbors that are drawn as this box
-    last: str = ""  # name of the last of these neighbors
-    paths: tuple[str, ...] = ()  # qualified names of the modules in it; empty for an operation
-    readers: tuple[str, ...] = ()  # of the modules whose forward contains an operation that reads parameters
     skipped: tuple[SkippedLayer, ...] = ()  # the layers in it without an adapter
     trained: tuple[str, ...] = ()  # paths of the layers in it that are trained in full
-    parameters: int = 0  # of these modules, or of the weights that an operation reads, without adapters
     shape: str = ""  # of the value, "1×64×56×56", if known
-    dtype: str = ""  # of the value, "float32", if known
+    count: int = 1  # number of identical neighbors that are drawn as this box
+    last: str = ""  # name of the last of these neighbors
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,13 @@ class Scope:
     path: str  # "" for the model
     name: str  # below the enclosing scope
     class_name: str
-    eager: bool  # not traced; then its items are in the order of definition, without edges
+    is_traced: bool  # if not, its items are in the order of definition, without edges
     items: tuple[Item, ...]  # in topological order
     edges: tuple[Edge, ...] = ()
-    ports: tuple[str, ...] = ()  # for each value from outside, the box or module that it comes from
+    ports: tuple[str, ...] = ()  # the boxes and modules outside that its values come from
     outputs: tuple[int, ...] = ()  # items with a value that is read outside
     count: int = 1  # number of identical neighbors that are drawn as this scope
     last: str = ""  # name of the last of these neighbors
-    paths: tuple[str, ...] = ()  # of all modules that are drawn as this scope
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -78,7 +72,7 @@ Item: TypeAlias = Leaf | Scope
 class Edge(NamedTuple):
     """An edge of a scope: item `target` reads, at its port `port`, a value of item `source < target`.
 
-    A negative source is port `~source` of the scope.
+    A negative source is port `~source` of the scope. The port is 0 if the target is a leaf.
     """
 
     source: int
@@ -88,14 +82,12 @@ class Edge(NamedTuple):
 
 
 def joined(leaves: Sequence[Leaf]) -> Leaf:
-    """The first of several leaves, with the layers and parameters of all leaves."""
+    """The first of several leaves, with the layers of all leaves."""
     return replace(
         leaves[0],
         marks=tuple(mark for leaf in leaves for mark in leaf.marks),
-        paths=tuple(path for leaf in leaves for path in leaf.paths),
         skipped=tuple(dict.fromkeys(layer for leaf in leaves for layer in leaf.skipped)),
         trained=tuple(dict.fromkeys(path for leaf in leaves for path in leaf.trained)),
-        parameters=sum(leaf.parameters for leaf in leaves),
     )
 
 
@@ -129,6 +121,17 @@ def prefixes(path: str) -> list[str]:
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
+def name_of(path: str) -> str:
+    """The last part of a qualified name; if it is a number, with the part before it.
+
+    >>> name_of("encoder.layer.0.query"), name_of("encoder.layer.0")
+    ('query', 'layer.0')
+    """
+    parts = path.split(".")
+    start = -2 if len(parts) > 1 and parts[-1].partition("@")[0].isdigit() else -1
+    return ".".join(parts[start:])
+
+
 def module_of(call: str) -> str:
     """The module of a place: the n-th call of a module has `@n` appended.
 
@@ -140,30 +143,24 @@ def module_of(call: str) -> str:
 
 
 def span(item: Item) -> str:
-    """The name of an item, or of the first and the last item that it represents.
+    """The name of an item, or of the first and the last item that it represents, with their number.
 
-    >>> span(Leaf("layer.0", "", "module", "call_module", "layer.0", (), count=6, last="layer.5"))
-    'layer.0 … 5'
+    >>> span(Leaf("layer.0", "", "module", "layer.0", (), count=6, last="layer.5"))
+    'layer.0 … 5 × 6'
     """
     pairs = zip(item.name.split("."), (item.last or item.name).split("."), strict=True)
-    return ".".join(first if first == last else f"{first} … {last}" for first, last in pairs)
+    name = ".".join(first if first == last else f"{first} … {last}" for first, last in pairs)
+    return name + f" × {item.count}" * (item.count > 1)
 
 
-def signature(item: Item, *, sizes: bool = True) -> Hashable:
-    """The properties that two items must share to be drawn as one, without their own names, and maybe without sizes."""
+def signature(item: Item) -> Hashable:
+    """The properties that two items must share to be drawn as one, without their own names."""
     if isinstance(item, Leaf):
-        detail = item.detail if sizes else item.detail.partition(" ")[0]
-        own = (item.width, item.rank) if sizes else ()
-        return (item.kind, detail, item.op, item.count, own, "" if item.kind != "op" else item.name)
-    inner = tuple((stem(part.name), signature(part, sizes=sizes)) for part in item.items)
-    return (
-        item.class_name,
-        item.eager,
-        item.count,
-        inner,
-        tuple(dict.fromkeys(edge[:3] for edge in item.edges)),
-        item.outputs,
-    )
+        name = item.name if item.kind == "op" else ""
+        return (item.kind, item.detail, item.count, item.width, item.rank, name)
+    inner = tuple((stem(part.name), signature(part)) for part in item.items)
+    edges = tuple(dict.fromkeys(edge[:3] for edge in item.edges))
+    return (item.class_name, item.count, inner, edges, len(item.ports), item.outputs)
 
 
 def stem(name: str) -> str:
@@ -190,7 +187,7 @@ def merge_repeats(scope: Scope) -> Scope:
         chain = {port for port, source in reads[index] if source == index - 1}
         others = {(port, source) for port, source in reads[index] if source != index - 1}
         same = others == {(port, source) for port, source in reads[index - 1] if port not in chain}
-        return scope.eager or (bool(chain) and same)
+        return not scope.is_traced or (bool(chain) and same)
 
     return contract(
         scope, follows, lambda run: replace(_overlay(run), count=len(run), last=run[-1].last or run[-1].name)
@@ -204,7 +201,6 @@ def _overlay(items: Sequence[Item]) -> Item:
         return joined([item for item in items if isinstance(item, Leaf)])
     scopes = [item for item in items if isinstance(item, Scope)]
     columns = zip(*(scope.items for scope in scopes), strict=True)
-    paths = tuple(path for scope in scopes for path in scope.paths)
     names = (tuple(dict.fromkeys(column)) for column in zip(*(scope.ports for scope in scopes), strict=True))
     ports = tuple(first if not others else f"{first.removesuffix(' …')} …" for first, *others in names)
-    return replace(first, items=tuple(map(_overlay, columns)), paths=paths, ports=ports)
+    return replace(first, items=tuple(map(_overlay, columns)), ports=ports)

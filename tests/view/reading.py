@@ -11,8 +11,8 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-SINGLE = ("adapted_layer", "plain", "eager", "trained", "closed", "port")
-_VALUE = re.compile(r" · (unknown|[\d.]+[%°])$")
+SINGLE = ("adapted_layer", "plain", "trained", "closed", "port")
+_VALUE = re.compile(r" · (unknown|[\d.]+%)$")
 
 
 @dataclass
@@ -27,14 +27,14 @@ class Box:
     high: float
 
     def texts(self) -> list[str]:
-        """Its texts, without those of boxes in it."""
-        return [" ".join(text.itertext()) for text in self.element.findall("text")]
+        """Its lines of text, without those of boxes in it."""
+        return [" ".join(line.itertext()) for line in self.element.findall("text")]
 
     def tip(self) -> list[str]:
         return (self.element.findtext("title") or "").split("\n")
 
     def inside(self, x: float, y: float) -> bool:
-        return self.x + 0.1 < x < self.x + self.wide - 0.1 and self.y + 0.1 < y < self.y + self.high - 0.1
+        return self.x + 0.2 < x < self.x + self.wide - 0.2 and self.y + 0.2 < y < self.y + self.high - 0.2
 
 
 def svg_of(file: Path) -> Element:
@@ -44,25 +44,28 @@ def svg_of(file: Path) -> Element:
 
 def pictures_of(file: Path) -> dict[str, Element]:
     """The pictures of a page by address."""
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8").replace(' xmlns="http://www.w3.org/2000/svg"', "")
     figures = re.findall(r"<figure .*?</figure>", text, re.DOTALL)
     found = [ElementTree.fromstring(figure) for figure in figures]
     return {figure.get("id", ""): figure for figure in found}
 
 
+def placed(root: Element, x: float = 0.0, y: float = 0.0) -> Iterator[tuple[Element, float, float]]:
+    """All elements in an element, each with the place of its origin in the picture."""
+    for element in root:
+        at = re.fullmatch(r"translate\((\S+) (\S+)\)", element.get("transform", ""))
+        left, top = (x + float(at[1]), y + float(at[2])) if at else (x, y)
+        yield element, left, top
+        yield from placed(element, left, top)
+
+
 def boxes(root: Element) -> list[Box]:
     found = []
-    for element in root.iter():
-        frame = next((part for part in element.findall("rect") if part.get("class") == "frame"), None)
-        if frame is not None:
-            place = (float(frame.get(name, "nan")) for name in ("x", "y", "width", "height"))
-            found.append(Box(element, element.get("class", ""), *place))
+    for element, x, y in placed(root):
+        if (frame := element.find("rect[@class='frame']")) is not None:
+            size = float(frame.get("width", "nan")), float(frame.get("height", "nan"))
+            found.append(Box(element, element.get("class", ""), x, y, *size))
     return found
-
-
-def box_named(root: Element, name: str) -> Box:
-    """The box with a name as its first text, or after the text of its adapter."""
-    return next(box for box in boxes(root) if any(re.match(rf"{re.escape(name)}\b", text) for text in box.texts()))
 
 
 def adapted_paths(root: Element) -> list[str]:
@@ -72,13 +75,19 @@ def adapted_paths(root: Element) -> list[str]:
 
 
 def shapes(root: Element) -> list[str]:
-    return [text.text or "" for text in root.iter("text") if text.get("class") == "shape"]
+    return ["".join(line.itertext()) for line in root.iter("text") if line.get("class") == "shape"]
 
 
-def points(edge: Element) -> Iterator[tuple[float, float]]:
-    """Points of an edge: vertical lines, and cubic curves."""
+def edges(root: Element) -> Iterator[list[tuple[float, float]]]:
+    """Points of each edge, which consists of vertical lines and cubic curves."""
+    for element, left, top in placed(root):
+        if element.get("class") == "edge":
+            yield [(left + x, top + y) for x, y in _points(element.get("d", ""))]
+
+
+def _points(path: str) -> Iterator[tuple[float, float]]:
     x = y = 0.0
-    for letter, text in re.findall(r"([MVC])([^MVC]*)", edge.get("d", "")):
+    for letter, text in re.findall(r"([MVC])([^MVC]*)", path):
         numbers = [float(number) for number in text.split()]
         if letter == "M":
             x, y = numbers
@@ -96,7 +105,7 @@ def points(edge: Element) -> Iterator[tuple[float, float]]:
 
 
 class Page(HTMLParser):
-    """A page as a browser reads it: its tags, ids, links, rows and texts."""
+    """A page as a browser reads it: its tags, ids, links and texts."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,17 +13,7 @@ import pytest
 import torchvision
 from drawn_models import HOSTILE, MAKERS, Residual, draw, drawn
 from torch import nn
-from view.reading import (
-    SINGLE,
-    Page,
-    adapted_paths,
-    box_named,
-    boxes,
-    pictures_of,
-    points,
-    shapes,
-    svg_of,
-)
+from view.reading import SINGLE, Page, adapted_paths, boxes, edges, pictures_of, shapes, svg_of
 
 import hra_fx
 
@@ -44,10 +34,10 @@ def test_a_page_has_each_layer_once_and_a_closed_module_leads_to_its_picture_and
 ) -> None:
     file = draw(name, tmp_path / "a.html", depth=0)
     page, figures = Page(file), pictures_of(file)
-    paths = {row.path for row in hra_fx.report(drawn(name)).rows}
-    leaves = [box for root in figures.values() for box in boxes(root) if box.kind in SINGLE and box.kind != "closed"]
-    found = Counter(path for box in leaves for part in box.element.iter() if (path := part.get("id")) in paths)
-    assert found == dict.fromkeys(paths, 1)
+    paths = [row.path for row in hra_fx.report(drawn(name)).rows]
+    opened = [box for root in figures.values() for box in boxes(root) if box.kind in SINGLE and box.kind != "closed"]
+    found = Counter(line.rpartition(" · ")[0] for box in opened for line in box.tip())
+    assert {path: found[path] for path in paths} == dict.fromkeys(paths, 1)
     assert Counter(page.ids).most_common(1)[0][1] == 1, "no id twice"
     assert {unquote(link[1:]) for link in page.links} <= {*page.ids}, "each link leads to something"
     assert all(link.startswith("#") for link in page.links)
@@ -69,13 +59,13 @@ def test_a_page_has_each_layer_once_and_a_closed_module_leads_to_its_picture_and
 def test_a_page_needs_nothing_else_and_names_are_only_text(name: str, tmp_path: Path) -> None:
     file = draw(name, tmp_path / "a.html")
     page, text = Page(file), file.read_text(encoding="utf-8")
-    assert page.tags.count("script") == 1 and page.tags.count("body") == 1
-    assert not {"link", "img", "iframe", "object", "image", "use"} & {*page.tags}
+    assert page.tags.count("body") == 1
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & {*page.tags}
     assert not {"src", "srcset", "onload", "onclick"} & {name for name, _ in page.attributes}
-    assert set(re.findall(r"url\([^)]*\)", text)) <= {"url(#//arrow)"}
-    assert not re.search(r"https?://|@import|fetch\(", text)
+    text = text.replace(' xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?://|@import|url\(", text)
     svg = draw(name, tmp_path / "a.svg")
-    tags = {"svg", "style", "title", "defs", "marker", "path", "rect", "g", "text", "tspan", "circle"}
+    tags = {"svg", "style", "title", "path", "rect", "g", "text", "tspan", "circle"}
     assert {element.tag for element in svg_of(svg).iter()} <= tags
     if name != "shared":
         assert all(f"{path}: Linear 4→4" in "".join(page.words) for path in HOSTILE)
@@ -84,14 +74,13 @@ def test_a_page_needs_nothing_else_and_names_are_only_text(name: str, tmp_path: 
 def test_the_page_has_the_rows_of_the_report_and_the_reason_of_each_layer(tmp_path: Path) -> None:
     model, page = drawn("resnet"), Page(draw("resnet", tmp_path / "a.html"))
     found, words = hra_fx.report(model), {*page.words}
-    assert [value for name, value in page.attributes if name == "data-path"] == [row.path for row in found.rows]
+    assert {row.path for row in found.rows} <= words
     assert {f"{100 * row.weight_change:.1f}%" for row in found.rows} <= words
     part = hra_fx.transform(nn.Sequential(Residual(), nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["fc1"]))
     page = Page(hra_fx.visualize(part, tmp_path / "b.html"))
     skipped = hra_fx.report(part).skipped
     assert {layer.path for layer in skipped} == {"0.fc2", "1"}
     for layer in skipped:
-        assert layer.path in page.ids and {layer.path, layer.reason} <= {*page.words}
         assert f"{layer.path} has no adapter: {layer.reason}" in "\n".join(page.words).split("\n")
 
 
@@ -106,15 +95,11 @@ def test_the_order_of_colors_is_that_of_the_report(name: str, tmp_path: Path) ->
     assert len({*legend}) == len(legend) > 10
     cells = [part for part in root.iter("rect") if part.get("class") == "cell"]
     shown = {part.findtext("title", "").partition(" · ")[0]: legend.index(part.get("fill", "")) for part in cells}
-    for box in boxes(root):
-        strip = box.element.find("path[@class='strip']")
-        if strip is not None:
-            shown[box.tip()[-1].partition(" · ")[0]] = legend.index(strip.get("fill", ""))
     assert shown.keys() == values.keys()
     steps = [shown[path] for path in sorted(values, key=values.__getitem__)]
     assert steps == sorted(steps) and len({*steps}) > 1
-    top = max(float(text[:-1]) for part in root.findall("g/text") if re.fullmatch(r"[\d.]+%", text := part.text or ""))
-    assert 0.6 * top < 100 * max(values.values()) <= top, "the scale goes from 0 to a round number"
+    texts = ["".join(text.itertext()) for text in root.findall("g/text")]
+    assert f"{100 * max(values.values()):.1f}%" in texts, "the scale ends at the largest change"
 
 
 def luminance(fill: str) -> float:
@@ -130,24 +115,13 @@ def test_text_has_contrast_in_both_themes(theme: str, tmp_path: Path) -> None:
     seen = 0
     for model in (drawn("bert"), drawn("hostile, in Python"), partly):
         root = svg_of(hra_fx.visualize(model, tmp_path / "a.svg"))
-        style = root.findtext("style", "")
-        dark = dict(re.findall(r'}?\[fill="(#\w+)"\]\{fill:(#\w+)\}', style))
-        inks = dict(re.findall(r'\.strip\[fill="(#\w+)"\]\+text\{fill:(#\w+)\}', style))
+        dark = dict(re.findall(r'}?\[fill="(#\w+)"\]\{fill:(#\w+)\}', root.findtext("style", "")))
         for box in boxes(root):
-            parts = list(box.element)
-            paper = next(part.get("fill", "") for part in parts if part.get("class") == "frame")
-            for before, part in pairwise(parts):
-                if part.tag != "text" or part.get("class") == "entry":
-                    continue
-                back, ink = (
-                    before.get("fill", "") if before.get("class") in ("strip", "badge") else paper,
-                    part.get("fill", ""),
-                )
-                if theme == "dark":
-                    ink = inks.get(back, dark.get(ink, ink)) if before.get("class") == "strip" else dark[ink]
-                    back = dark[back]
-                one, other = sorted((luminance(ink), luminance(back)))
-                assert (other + 0.05) / (one + 0.05) >= 4.5, (box.texts(), ink, back)
+            frame = box.element.find("rect[@class='frame']")
+            for part in box.element.findall("text/tspan"):
+                colors = [frame.get("fill", ""), part.get("fill", "")]  # type: ignore[union-attr]
+                one, other = sorted(luminance(dark[color] if theme == "dark" else color) for color in colors)
+                assert (other + 0.05) / (one + 0.05) >= 4.5, (box.texts(), colors)
                 seen += 1
     assert seen > 30
 
@@ -162,13 +136,11 @@ def test_boxes_do_not_overlap_and_edges_go_down_around_them(name: str, depth: in
     wide, high = float(root.get("width", "0")), float(root.get("height", "0"))
     found = boxes(root)
     assert all(box.x >= 0 and box.x + box.wide <= wide and box.y >= 0 and box.y + box.high <= high for box in found)
-    card = next(part for part in root.findall("rect") if part.get("rx") == "10")
-    assert max(float(text.get("y", "0")) for text in root.findall("text")) < float(card.get("y", "0"))
+    assert max(float(text.get("y", "0")) for text in root.findall("text")) < min(box.y for box in found)
     single = [box for box in found if box.kind in SINGLE]
     for a, b in combinations(single, 2):
         assert a.x + a.wide <= b.x or b.x + b.wide <= a.x or a.y + a.high <= b.y or b.y + b.high <= a.y
-    for edge in (part for part in root.iter("path") if part.get("class") == "edge"):
-        path = list(points(edge))
+    for path in edges(root):
         assert [y for _, y in path] == sorted(y for _, y in path)
         assert not any(box.inside(x, y) for x, y in path for box in single)
 
@@ -180,17 +152,15 @@ def test_repeats_are_one_box_and_the_files_are_small(tmp_path: Path) -> None:
     model = torchvision.models.resnet50().eval()
     model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r".*(conv\d|downsample\.0)"))
     texts = [text for box in boxes(svg_of(hra_fx.visualize(model, tmp_path / "a.svg"))) for text in box.texts()]
-    assert "× 5" in texts and any(text.startswith("layer3.1 … 5") for text in texts)
+    assert "layer3.1 … 5 × 5" in texts
     assert hra_fx.visualize(model, tmp_path / "a.html").stat().st_size < 250_000
 
 
 def test_a_shape_is_that_of_the_result_that_the_edge_carries(tmp_path: Path) -> None:
-    root = svg_of(draw("pairs", tmp_path / "a.svg", depth=0))
-    assert shapes(root).count("5×2") == 2 and "5×4 + 1" not in shapes(root)
-    blocks = box_named(root, "blocks.0 … 2")
-    assert "× 3" in blocks.texts(), "the first block reads two modules, and the others both results of one"
-    below = [(text.text, float(text.get("y", "0"))) for text in root.iter("text") if text.get("class") == "shape"]
-    assert {shape for shape, y in below if y > blocks.y + blocks.high} >= {"5×2", "5×4"}
+    root = svg_of(draw("pairs", tmp_path / "a.svg", depth=1))
+    texts = [text for box in boxes(root) for text in box.texts()]
+    assert "blocks.1 … 2 × 2" in texts, "the first block reads two modules, and the others both results of one"
+    assert sorted(shapes(root)) == ["5×2", "5×2, 5×4", "5×3", "5×3", "5×4", "5×4", "5×4, 5×2"]
 
 
 def test_a_layer_that_should_have_an_adapter_is_marked(tmp_path: Path) -> None:
@@ -200,7 +170,6 @@ def test_a_layer_that_should_have_an_adapter_is_marked(tmp_path: Path) -> None:
     assert text.count('class="refused"') == 1 + 1, "the layer, and the legend"
     assert text.count('class="skipped"') == 2 + 1
     assert "1 layer targeted, but not adapted" in text and "2 layers not targeted" in text
-    assert 'class="alarm"' in hra_fx.visualize(model, tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 def test_a_plain_model_is_drawn_without_colors(tmp_path: Path) -> None:
@@ -228,9 +197,7 @@ def test_the_same_model_gives_the_same_bytes(ending: str, tmp_path: Path) -> Non
 
 
 WRONG = [
-    *((".svg", {"depth": depth}, "`depth` must be a non-negative int or None, got ") for depth in (-1, 1.0, True)),
-    (".svg", {"focus": "blcks.0"}, r"the picture has no module 'blcks\.0'; did you mean 'blocks\.0"),
-    (".svg", {"focus": "zzz"}, r"`focus`: .* no module 'zzz'\. See model\.named_modules\(\)"),
+    (".svg", {"focus": "zzz"}, r"`focus`: the picture has no module 'zzz'\. See model\.named_modules\(\)"),
     *((ending, {}, r"Use one of \.svg, \.html") for ending in (".jpg", "", ".svg.gz")),
 ]
 
@@ -245,15 +212,9 @@ def test_wrong_options_leave_the_file_as_it_was(ending: str, options: Any, messa
 
 
 def test_files_that_cannot_be_written_and_removed_options(tmp_path: Path) -> None:
-    (tmp_path / "folder.svg").mkdir()
-    for path, message in (
-        (tmp_path / "nowhere" / "a.svg", r"^path: cannot write .*No such file or directory"),
-        (tmp_path / "folder.svg", r"^path: cannot write .*Is a directory"),
-        (tmp_path / ("m" * 245 + ".svg"), r"^path: cannot write "),  # the temporary file's name is too long
-    ):
-        with pytest.raises(hra_fx.VisualizeError, match=message):
-            hra_fx.visualize(drawn("one layer"), path)
+    with pytest.raises(FileNotFoundError):
+        hra_fx.visualize(drawn("one layer"), tmp_path / "nowhere" / "a.svg")
     for name in ("heat", "theme"):
         with pytest.raises(TypeError, match=f"visualize: `{name}` was removed in 0.5. Leave it out: "):
             hra_fx.visualize(drawn("one layer"), tmp_path / "a.svg", **{name: None})
-    assert [file.name for file in tmp_path.iterdir()] == ["folder.svg"]
+    assert not [*tmp_path.iterdir()]
