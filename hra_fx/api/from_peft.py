@@ -63,7 +63,7 @@ def from_peft(model: nn.Module) -> Any:
         path: part for path, part in root.named_modules() if {"original_module", "modules_to_save"} <= {*part._modules}
     }
     theirs = root.peft_config  # PEFT's wrappers share this dictionary
-    configs = {name: checked(root, config, name) for name, config in theirs.items()}
+    configs = {name: checked(root, config) for name, config in theirs.items()}
     first = next(iter(layers.values()))
     active, disabled = [name for name in first.active_adapters if name in configs], first.disable_adapters
     trained = {name: any(one.hra_u[name].requires_grad for one in _with(layers, name).values()) for name in configs}

@@ -88,7 +88,7 @@ def load_adapter(
         folder = find(directory, subfolder, **{name: value for name, value in hub.items() if name not in _ALWAYS})
         is_new = state is None or adapter_name not in state.configs
         fitted = fit(folder, root, config, is_new=is_new, is_trainable=is_trainable)
-        config = checked(root, fitted.config, adapter_name)
+        config = checked(root, fitted.config)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             """Cast as PEFT does (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""

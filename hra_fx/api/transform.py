@@ -86,7 +86,7 @@ def transform(
     """
     refuse_operators(model)
     module: Any = model
-    config = with_head(module, checked(module, config, adapter_name))
+    config = with_head(module, checked(module, config))
     if dynamic_shapes is not None and (not trace or isinstance(module, fx.GraphModule)):
         raise AdapterError("`dynamic_shapes` needs trace=True and a model that is not a GraphModule.")
 

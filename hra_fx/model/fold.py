@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hra_fx.compat import state_modules
 from hra_fx.errors import FoldError, HRAWarning
 from hra_fx.layers.peft_layers import is_of_peft
-from hra_fx.layers.target import SAVED
-from hra_fx.layers.trained_copies import BASE, Copies, all_copies, copies_of, get_copies
+from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.merge import check_layers, folded_weight, unmerge_adapter
 from hra_fx.model.remove import remove_adapters
 from hra_fx.model.state import root_of, unwrap
+from hra_fx.model.trainable import tied_groups
 from hra_fx.removed import without_removed_arguments
 
 M = TypeVar("M", bound=nn.Module)
@@ -92,21 +91,15 @@ def _tie_settings(root: nn.Module, names: tuple[str, ...]) -> list[Any]:
 
     Raises a `FoldError` if other weights would stay tied, because the setting is for all of them.
     """
-    places: dict[int, list[int]] = {}  # a tensor of the base model -> the tensors that its names get
-    for path, module in state_modules(root):
-        copies = get_copies(module) or Copies()
-        for entry, tensor in module._parameters.items() if SAVED not in path.split(".") else ():
-            if tensor is not None:
-                adapter = next((name for name in names if entry in copies.copied.get(name, ())), BASE)
-                place = id(copies.get(module, BASE, entry))
-                places.setdefault(place, []).append(id(copies.get(module, adapter, entry)))
-    if all(len(set(tensors)) == 1 for tensors in places.values()):
+    groups = [list(group.values()) for group in tied_groups(root, names)]
+    if all(len(set(tensors)) == 1 for tensors in groups):
         return []
-    found = {id(config): config for part in root.modules() if getattr(config := getattr(part, "config", None), _TIE, 0)}
-    if found and any(len(set(tensors)) < len(tensors) for tensors in places.values()):
+    configs = [getattr(part, "config", None) for part in root.modules()]
+    settings = list({id(config): config for config in configs if getattr(config, _TIE, False)}.values())
+    if settings and any(len(set(tensors)) < len(tensors) for tensors in groups):
         raise FoldError(
             f"{type(root).__name__}: a trained copy of one of several tied weights cannot be folded, because "
             f"config.{_TIE} applies to all of them. Save the adapter (hra_fx.save_adapter) and load it over the base "
             "model."
         )
-    return list(found.values())
+    return settings

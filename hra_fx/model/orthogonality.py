@@ -21,13 +21,9 @@ from hra_fx.model.whole import check_whole
 def orthogonality_loss(model: nn.Module) -> Tensor:
     """Compute the sum of `|U_n^T U_n - I|_F` over adapted layers and active adapters; add it to the training loss.
 
-    `U: (d, r)` are the trained vectors of an adapter, and `U_n` are the same vectors
-    normalized (gradients include the normalization). Adapters with Gram-Schmidt are orthonormal and contribute zero,
-    and so do adapters at a scale other than 1, which are not trained.
-    For two equal vectors, as at the start with `init_weights=True`, the penalty is largest and its gradient is zero:
-    the gradient of the task must separate them first.
-
-    Vectors sharded by `fully_shard` are gathered, so every process must call this function at the same point.
+    `U_n` are the trained vectors `U: (d, r)` of an adapter, normalized. Adapters with Gram-Schmidt contribute zero, and
+    so do adapters at a scale other than 1, which are not trained. For two equal vectors, the penalty is largest and its
+    gradient is zero. Vectors sharded by `fully_shard` are gathered, so every process must call this function.
 
     Args:
         model: a transformed model, unwrapped, wrapped (DDP, `torch.compile`) or sharded (FSDP2).
@@ -71,9 +67,7 @@ def _penalty(vectors: Tensor) -> Tensor:
     """`|U_n^T U_n - I|_F` of `U: (d, r)`, or its sum over the experts of `U: (experts, d, r)`; shape `()`."""
     with householder.without_autocast(vectors):
         wide = vectors.to(householder.working_dtype(vectors.dtype))
-        # First scale by constants, because squares may exceed the range of the dtype. Then divide by differentiable
-        # lengths: the result and its derivative do not depend on the scale.
-        unit = F.normalize(householder.normalize(wide), dim=-2)
+        unit = F.normalize(wide, dim=-2)
         identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
         norm: Tensor = torch.linalg.matrix_norm(unit.mT @ unit - identity).sum()
     return norm

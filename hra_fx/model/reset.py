@@ -23,7 +23,7 @@ def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None =
 
     `transform` of a model on the meta device creates vectors without data. Call this function when the model has its
     weights (after `to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors
-    equal those of `transform` and `add_adapter` on a model with weights, bit for bit. Trained copies
+    of `target_modules` equal those of `transform` and `add_adapter` on a model with weights. Trained copies
     (`modules_to_save`, `bias`) get the values of the base model.
 
     With `fully_shard`, call this in every process after `to_empty`. Each one gets its shard of the vectors that the
@@ -35,8 +35,7 @@ def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None =
 
     Raises:
         AdapterError: the model has no such adapter; adapters are merged or have a scale other than 1; a layer is on
-            the meta device; the base model's tensor of a trained copy has no values; or accelerate offloads trained
-            copies. The model is unchanged.
+            the meta device; or accelerate offloads trained copies. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -61,7 +60,18 @@ def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None =
     }
     for name in names:
         check_replaceable(root, state, name)
-        _check_values(root, name, base[name])
+        on_meta = {path: layer.hra_u.device_of(layer).type == "meta" for path, layer in layers_of(root, name).items()}
+        on_meta |= {f"{path}.{entry}": tensor.is_meta for (path, entry), tensor in base[name].items()}
+        if path := next((path for path, is_meta in on_meta.items() if is_meta), None):
+            raise AdapterError(
+                f"{path}: its weight is on the meta device. Call model.to_empty(device=...) or "
+                "model.load_state_dict(..., assign=True) first."
+            )
+        if place := next((place for place, tensor in base[name].items() if is_dtensor(tensor)), None):
+            raise AdapterError(
+                f"{'.'.join(place)}: its trained copy (modules_to_save or bias) is sharded, and set_model_state_dict "
+                "fills the copy, not the base model. Load the weights before hra_fx.transform, or load an adapter."
+            )
     with torch.inference_mode(False):
         for name in names:
             vectors = {path: _start(layer, name) for path, layer in layers_of(root, name).items()}
@@ -74,23 +84,6 @@ def _start(layer: AdaptedLayer, name: str) -> Tensor:
     return on_first_rank([layer.hra_u[name]], lambda: layer.hra_u.initial(spec, dtype))
 
 
-def _check_values(root: nn.Module, name: str, base: dict[tuple[str, str], Tensor]) -> None:
-    """Check that the layers have a device, and that the base model's tensors of trained copies have values."""
-    on_meta = {path: layer.hra_u.device_of(layer).type == "meta" for path, layer in layers_of(root, name).items()}
-    on_meta |= {f"{path}.{entry}": tensor.is_meta for (path, entry), tensor in base.items()}
-    if path := next((path for path, is_meta in on_meta.items() if is_meta), None):
-        raise AdapterError(
-            f"{path}: its weight is on the meta device. Call model.to_empty(device=...) or "
-            "model.load_state_dict(..., assign=True) first."
-        )
-    for (path, entry), tensor in base.items():
-        if is_dtensor(tensor):
-            raise AdapterError(
-                f"{path}.{entry}: its trained copy (modules_to_save or bias) is sharded, and set_model_state_dict "
-                "fills the copy, not the base model. Load the weights before hra_fx.transform, or load an adapter."
-            )
-
-
 def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
     """Check that the values of an adapter can be replaced."""
     check_unmerged(state)
@@ -99,9 +92,8 @@ def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
 
 
 def layers_of(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
-    """Path -> layer with this adapter, in the order in which `transform` initializes them: 3-D parameters are last."""
-    layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u.specs}
-    return dict(sorted(layers.items(), key=lambda item: item[1].hra_u.kind == "experts"))
+    """Path -> layer with this adapter."""
+    return {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u.specs}
 
 
 def replace_values(

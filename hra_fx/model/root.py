@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from hra_fx.compat import is_compiling
+from hra_fx.errors import AdapterError
 from hra_fx.layers.batch import start, traced_batch
 from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, get_copies
-from hra_fx.model.state import adapted_layers, get_state
+from hra_fx.model.state import get_state
 from hra_fx.removed import NAMES
 
 #: In the key of a trained copy in a `state_dict`, instead of the name of an adapter that the model does not have.
@@ -68,7 +69,12 @@ class AdaptedModel(SwapMixin):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename entries. This is called before the children load their entries."""
-        self._refuse_across_a_merge(state_dict, prefix, rest[-1])
+        merged = any(key.startswith(prefix) and key.endswith(f".{REFLECTION}.unmerged") for key in state_dict)
+        if merged is not bool((state := get_state(self)) and state.merged):
+            raise AdapterError(
+                f"adapters are merged in the {'state_dict' if merged else 'model'} only. Call hra_fx.merge_adapter or "
+                "hra_fx.unmerge_adapter first."
+            )
         parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
         theirs = {name for path, _, name in parts if path}  # the adapters in the state_dict
         # Every path of a shared module, because a state_dict has all of them.
@@ -76,19 +82,6 @@ class AdaptedModel(SwapMixin):
             if (copies := get_copies(owner)) is not None:
                 _rename(state_dict, f"{prefix}{path}." if path else prefix, copies, theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Report an error if only the model or only the `state_dict` is merged: `W` would be rotated twice or never."""
-        given = [key for key in state if key.startswith(prefix)]
-        there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
-        here = any(layer.hra_u.unmerged is not None for layer in adapted_layers(self).values())
-        if not given or there is here:
-            return
-        side = "state_dict but not in the model" if there else "model but not in the state_dict"
-        fix = "Call hra_fx.merge_adapter or hra_fx.unmerge_adapter first."
-        errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
-        # Use the current values, so that a load that is going to fail does not change anything.
-        state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
 def _acting_layers(model: nn.Module) -> Sequence[nn.Module]:

@@ -13,12 +13,10 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import loaded_class
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.layers.class_swap import SwapMixin
-from hra_fx.layers.containers import check_adapter_name
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.inject import AdapterFactory, inject_adapter, random_init
 from hra_fx.model.remove import removed_on_error
-from hra_fx.model.root import swap_root
+from hra_fx.model.root import AdaptedModel, swap_root
 from hra_fx.model.state import (
     AdapterState,
     attach_state,
@@ -42,7 +40,7 @@ def put_adapter(
     fill: AdapterFactory,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
     *,
-    root_class: type[SwapMixin] | None = None,
+    root_class: type[AdaptedModel] | None = None,
     layers: dict[str, nn.Module] | None = None,
 ) -> None:
     """Add an adapter with the vectors from `fill`. After an error, the model is unchanged.
@@ -66,10 +64,10 @@ def put_adapter(
     with removed_on_error(model, state, name, config):
         modules = dict(model.named_modules(remove_duplicate=False))
         layers = select_checked(model, config, walk(model, modules.items())) if layers is None else layers
-        wanted = checked_copies(model, name, config, layers)
+        wanted = checked_copies(model, config, layers)
         is_new = not all(map(is_adapted, layers.values()))
         inject_adapter(modules, layers, fill)
-        make_copies(name, wanted, copies)
+        make_copies(model, name, wanted, copies)
         if is_new and isinstance(model, fx.GraphModule):
             rewrite(model)
         if known is None:
@@ -83,12 +81,10 @@ def put_adapter(
             sync_layers(parts, state)
 
 
-def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
+def checked(model: Any, config: HRAConfig) -> HRAConfig:
     """Validate the arguments of `transform` and `add_adapter`, and return a validated copy of the configuration."""
     check_is_module(model)
-    config = valid_config(config)
-    check_adapter_name(adapter_name)
-    return config
+    return valid_config(config)
 
 
 def valid_config(config: HRAConfig) -> HRAConfig:
@@ -125,5 +121,5 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
         ['0.hra_u.default', '0.hra_u.other', '1.hra_u.other']
     """
     root, _ = root_of(model)
-    config = with_head(root, checked(root, config, adapter_name))
+    config = with_head(root, checked(root, config))
     put_adapter(root, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))

@@ -174,14 +174,6 @@ def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def _no_adapters(model: nn.Module) -> AdapterError:
     class_name = type(model).__name__
-    # A graph of torch.export: the vectors are parameters, but operators read them instead of layers.
-    if isinstance(model, fx.GraphModule) and any(
-        f".{REFLECTION}." in f".{name}" for name, _ in model.named_parameters()
-    ):
-        return AdapterError(
-            f"{class_name} consists of operators, not of layers with adapters. Load its state_dict into the "
-            "transformed model: model.load_state_dict(graph.state_dict(), strict=False)."
-        )
     if found := find_peft_layer(model):
         return AdapterError(f"{class_name} was adapted by PEFT ({found[0]}), not by hra_fx. {found[1]}")
     return AdapterError(f"{class_name} has no adapters. Call hra_fx.transform(model, config) first.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -21,7 +21,6 @@ from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, o
 from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.whole import check_whole
 from hra_fx.selection.select import saved_modules
-from hra_fx.selection.tied import tied_to
 
 #: Names of biases; the second one is the bias of q, k and v in nn.MultiheadAttention.
 _BIASES = ("bias", "in_proj_bias")
@@ -63,16 +62,15 @@ def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
     waiting = {  # biases of the base model while a trained copy is in use
-        id(copies.get(owner, BASE, "bias"))
+        copies.get(owner, BASE, "bias")
         for owner, copies in all_copies(model).values()
         if copies.names == {"bias"} and copies.in_use != BASE
     }
-    counted = [parameter for parameter in model.parameters() if id(parameter) not in waiting]
-    trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
-    return trained, sum(parameter.numel() for parameter in counted)
+    counted = [parameter for parameter in model.parameters() if parameter not in waiting]
+    return sum(one.numel() for one in counted if one.requires_grad), sum(one.numel() for one in counted)
 
 
-def make_copies(name: str, wanted: ToCopy, values: Mapping[tuple[str, str], Tensor]) -> None:
+def make_copies(model: nn.Module, name: str, wanted: ToCopy, values: Mapping[tuple[str, str], Tensor]) -> None:
     """Create the trained copies of adapter `name`. They are not in use.
 
     `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model. Tensors that
@@ -89,22 +87,25 @@ def make_copies(name: str, wanted: ToCopy, values: Mapping[tuple[str, str], Tens
             owner.add_module(SAVED, copies)
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
         copies.make(owner, name, names, {} if parted else memo, given)
+    groups = tied_groups(model, (name,)) if wanted and not values else ()
+    if group := next((group for group in groups if len(set(group.values())) > 1), None):
+        text = f"{' and '.join(group)} are tied, and adapter {name!r} trains a copy of one of them alone."
+        warnings.warn(text, HRAWarning, stacklevel=5)
 
 
-def _warn_about_tied(model: nn.Module, name: str, wanted: ToCopy) -> None:
-    """Warn if an adapter trains a copy of one of two tied tensors."""
-    modules = dict(state_modules(model))  # each once, under its first path
-    paths = {module: path for path, module in modules.items()}
-    copied = {
-        f"{paths[owner]}.{entry}".lstrip("."): getattr(owner, entry)
-        for owner, names in wanted.values()
-        for entry in names
-    }
-    for entry, others in tied_to(modules, copied).items():
-        if alone := [other for other in others if other not in copied]:
-            text = f"{entry} is tied to {', '.join(alone)}, and adapter {name!r} trains a copy of {entry} alone."
-            warnings.warn(text, HRAWarning, stacklevel=5)
-            return
+def tied_groups(model: nn.Module, adapters: Collection[str]) -> list[dict[str, int]]:
+    """For each tensor of the base model: its names -> the id of the tensor there with the copies of these adapters."""
+    groups: dict[int, dict[str, int]] = {}
+    for path, module in state_modules(model):
+        copies = get_copies(module)
+        for entry, tensor in module._parameters.items() if SAVED not in path.split(".") else ():
+            base, own = tensor, tensor
+            if copies is not None and entry in copies.names:
+                adapter = next((name for name in adapters if entry in copies.copied.get(name, ())), BASE)
+                base, own = copies.get(module, BASE, entry), copies.get(module, adapter, entry)  # type: ignore[assignment]
+            if tensor is not None:
+                groups.setdefault(id(base), {})[f"{path}.{entry}".lstrip(".")] = id(own)
+    return list(groups.values())
 
 
 def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[tuple[str, str], Tensor]) -> bool:
@@ -131,14 +132,12 @@ def to_copy(model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
     return {path: (owner, names) for path, owner, names in found.values()}
 
 
-def checked_copies(model: nn.Module, name: str, config: HRAConfig, layers: Mapping[str, nn.Module]) -> ToCopy:
-    """`to_copy` for adapter `name`. Raises an error if a tensor cannot be copied, before anything is changed."""
+def checked_copies(model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]) -> ToCopy:
+    """`to_copy`. Raises an error if a tensor cannot be copied, before anything is changed."""
     wanted = to_copy(model, config, layers)
     for path, (owner, names) in wanted.items():
         if reason := _why_not_copied(owner, names, layers.values()):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
-    if wanted and not config.inference_mode:
-        _warn_about_tied(model, name, wanted)
     return wanted
 
 

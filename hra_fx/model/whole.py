@@ -27,16 +27,12 @@ _SHARDED = (
     "Add, remove, switch and fold adapters before sharding. Or save the adapter (hra_fx.save_adapter) and "
     "load it into an unsharded model, or fold it into the checkpoint (hra_fx.fold_checkpoint)"
 )
-_PARAMETRIZED = "Undo that first (for parametrizations: torch.nn.utils.parametrize.remove_parametrizations)"
 _FLAT = (
     "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), or shard with "
     "torch.distributed.fsdp.fully_shard"
 )
-_EMPTY = "Call model.to_empty(device=...) first, to create the shards of this process"
-_INITIALIZED = "Add adapters before deepspeed.initialize, which Trainer.train calls, or to a new model"
-_ZERO3 = (
-    "Do this before DeepSpeed is configured (before TrainingArguments are made), or save the adapter and load it into "
-    "another model"
+_DEEPSPEED = (
+    "Add adapters before deepspeed.initialize or TrainingArguments, or save the adapter and load it into a new model"
 )
 _HOOKS = "Call accelerate.hooks.remove_hook_from_submodules(model) first, and offload the model again afterwards"
 
@@ -75,19 +71,19 @@ def _states(module: nn.Module) -> Iterator[tuple[str, str, str]]:
     if tool := sharded_by(module):
         yield tool, f"{tool} has sharded its parameters", _SHARDED
     if mixins_of(module) and not is_swapped(module):
-        yield "class", f"another tool replaced its class ({type(module).__name__})", _PARAMETRIZED
+        yield "class", f"another tool replaced its class ({type(module).__name__})", "Undo that first"
     if isinstance(module, HouseholderAdapters):
         if any(module[name].shape != module.parameter_shape(name) for name in module.specs):
             yield "flat", "this process has only a flat part of its vectors (FSDP1 or ZeRO-3)", _FLAT
         if any(is_dtensor(vectors) and vectors.is_meta for vectors in module.parameters()):
-            yield "empty", "its vectors are sharded and on the meta device", _EMPTY
+            yield "empty", "its vectors are sharded and on the meta device", "Call model.to_empty(device=...) first"
         if any(map(is_trained_by_zero, module.parameters())):
-            yield "trained", "DeepSpeed already trains its vectors", _INITIALIZED
+            yield "trained", "DeepSpeed already trains its vectors", _DEEPSPEED
     adapters, copies = get_adapters(module), get_copies(module)
     if adapters is None and copies is None:
         return
     if any(full_shape(held) != held.shape for held in module.parameters(recurse=False)):
-        yield "DeepSpeed", "DeepSpeed has split its weight (ZeRO-3)", _ZERO3
+        yield "DeepSpeed", "DeepSpeed has split its weight (ZeRO-3)", _DEEPSPEED
     if copies is not None and any(offloading_hook(part) is not None for part in (module, *copies.modules())):
         yield "offloaded", "accelerate offloads its trained copies (modules_to_save or bias)", _HOOKS
     if adapters is not None and offloading_hook(weight_place(module)[0]) is not None:

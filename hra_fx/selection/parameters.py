@@ -16,7 +16,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, is_transposed, stacked_parameters
 from hra_fx.layers.target import SAVED
-from hra_fx.selection.suggestions import available, format_names
+from hra_fx.selection.suggestions import available
 
 
 def targeted_parameters(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
@@ -48,16 +48,11 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
     if not names:
         return None
     stacked = {f"{path}.{name}".lstrip("."): owner for path, owner, name in stacked_parameters(model)}
-    if not stacked:
-        if original_class(model).__module__.startswith("transformers."):
-            require("`target_parameters` for the experts of a transformers model")
-        return (
-            f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. List its "
-            "layers in `target_modules`."
-        )
+    if not stacked and original_class(model).__module__.startswith("transformers."):
+        require("`target_parameters` for the experts of a transformers model")
     for name in names:
         if not any(matches_parameter([name], known) for known in stacked):
-            return f"`target_parameters`: {name!r} matches no 3-D parameter. {available(stacked)}"
+            return f"`target_parameters`: {name!r} matches no 3-D parameter of the model. {available(stacked)}"
     for known, owner in stacked.items():
         if matches_parameter(names, known) and is_transposed(owner) is None:
             return (

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-from hra_fx.compat import is_traceable_wrapper_subclass
 
 
 def tied_to(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -18,13 +15,14 @@ def tied_to(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> 
     `modules` has each module once.
     """
     by_storage: dict[object, list[tuple[str, range]]] = {}
-    for name, tensor in _tensors(modules) if weights else ():
-        by_storage.setdefault(_storage(tensor), []).append((name, _elements(tensor)))
+    for path, module in modules.items() if weights else ():
+        for name, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None and not is_lazy(tensor):
+                by_storage.setdefault(_storage(tensor), []).append((f"{path}.{name}".lstrip("."), _elements(tensor)))
     found: dict[str, list[str]] = {}
     for name, weight in weights.items():
-        plain = _unwrap(weight)
-        own = _elements(plain)
-        for other, theirs in by_storage.get(_storage(plain), []):
+        own = _elements(weight)
+        for other, theirs in by_storage.get(_storage(weight), []):
             if other != name and own.start < theirs.stop and theirs.start < own.stop:
                 found.setdefault(name, []).append(other)
     return found
@@ -43,29 +41,12 @@ def how_to_untie(entry: str) -> str:
     )
 
 
-def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for path, module in modules.items():
-        for registered in (module._parameters, module._buffers):
-            for name, tensor in registered.items():
-                if tensor is not None and not is_lazy(tensor):
-                    yield f"{path}.{name}".lstrip("."), _unwrap(tensor)
-
-
-def _unwrap(tensor: Any) -> Tensor:
-    """Return a tensor that has memory. A wrapper subclass (a quantized weight) has its memory in inner tensors."""
-    while is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        tensor = getattr(tensor, names[0])
-    return tensor  # type: ignore[no-any-return]
-
-
 def _storage(tensor: Tensor) -> object:
-    if tensor.is_meta:  # tensors on the meta device do not have an address; tied parameters are one object
-        return tensor.device, id(tensor)
     try:
-        return tensor.device, tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # lazy and XLA tensors have no storage; tied parameters are one object
-        return id(tensor)
+        pointer = tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # lazy, quantized and XLA tensors have no storage; tied parameters are one object
+        pointer = 0
+    return (tensor.device, pointer) if pointer else id(tensor)
 
 
 def _elements(tensor: Tensor) -> range:

@@ -79,7 +79,7 @@ def test_a_model_that_deepspeed_trains_takes_no_other_adapter() -> None:
     model.first.hra_u["a"].ds_id = None
     with refuses(
         model,
-        r"^first: DeepSpeed already trains its vectors, .* adapter 'b'\. Add adapters before deep",
+        r"^first: DeepSpeed already trains its vectors, .* adapter 'b'\. Add adapters before deepspeed\.init",
     ):
         hra_fx.add_adapter(model, "b", config("second"))
 
