@@ -1,6 +1,6 @@
 """The command line.
 
-    PYTHONPATH=benchmarks python -m learning                                      # README's table, from the records
+    PYTHONPATH=benchmarks python -m learning                                      # a row for each task
     PYTHONPATH=benchmarks python -m learning --task digits                        # a row for each method
     PYTHONPATH=benchmarks python -m learning --task digits --method lora hra-pairs --seed 0 1 2
     PYTHONPATH=benchmarks python -m learning --task digits --method lora --lr 1e-3 3e-3 1e-2
@@ -25,7 +25,7 @@ from learning.methods import METHODS
 from learning.rates import chosen
 from learning.records import FILE, Record, read
 from learning.running import Run, run_all
-from learning.table import readme_table, task_table
+from learning.table import task_table, tasks_table
 from learning.tasks import TASKS
 from learning.training import run
 
@@ -92,5 +92,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for task in options.task:
         print(f"\n{task}\n\n{task_table(records, task)}")
     if not options.task:
-        print(readme_table(records))
+        print(tasks_table(records))
     return 0

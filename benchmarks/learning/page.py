@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, docs/keep.md and README that come from the records, and their picture."""
+"""The tables of docs/results.md and docs/keep.md that come from the records, and the picture of README."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from learning.kept import equal_movement_table, guide_table, kept_table, layers_table, others_table
 from learning.kept_picture import DARK, LIGHT, kept_picture
 from learning.records import FILE, Record
-from learning.table import language_table, readme_table
+from learning.table import language_table, tasks_table
 
-PAGE, README = FILE.with_name("results.md"), FILE.parents[1] / "README.md"
+PAGE = FILE.with_name("results.md")
 #: Each table of a page is between two comments with its name.
 TABLES = {
     PAGE: {
+        "tasks": tasks_table,
         "language": language_table,
         "kept": kept_table,
         "equal movement": equal_movement_table,
@@ -25,7 +26,7 @@ TABLES = {
 
 
 def files(records: Sequence[Record]) -> dict[Path, str]:
-    """What the pages, README and the pictures should be."""
+    """What the pages and the pictures should be."""
     pages = {page: page.read_text(encoding="utf-8") for page in TABLES}
     for page, tables in TABLES.items():
         for name, made in tables.items():
@@ -33,11 +34,7 @@ def files(records: Sequence[Record]) -> dict[Path, str]:
             before, rest = pages[page].split(start)
             pages[page] = before + start + made(records) + end + rest.split(end)[1]
     pictures = {PAGE.with_name(f"kept-{name}.svg"): colors for name, colors in (("light", LIGHT), ("dark", DARK))}
-    readme = README.read_text(encoding="utf-8")
-    new = readme_table(records)
-    before, rest = readme.split(new.splitlines()[0])
-    readme = before + new + rest[rest.index("\n\n") + 1 :]
-    return {**pages, README: readme, **{file: kept_picture(records, colors) for file, colors in pictures.items()}}
+    return {**pages, **{file: kept_picture(records, colors) for file, colors in pictures.items()}}
 
 
 def write(records: Sequence[Record]) -> None:

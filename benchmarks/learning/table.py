@@ -14,7 +14,7 @@ from learning.tasks import TASKS
 
 #: The seeds of most methods.
 SEEDS = range(5)
-README_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits")
+MAIN_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits")
 
 
 def label(method: str) -> str:
@@ -75,14 +75,14 @@ def language_table(records: Sequence[Record]) -> str:
     return table(["method", "rate", "perplexity ↓", "gain", "perplexity of tales ↓", "facts, % ↑"], rows)
 
 
-def readme_table(records: Sequence[Record]) -> str:
+def tasks_table(records: Sequence[Record]) -> str:
     """Test scores and gains over LoRA, a row for each task."""
     rows = []
-    for task in README_TASKS:
+    for task in MAIN_TASKS:
         runs = {method: final_runs(records, task, method) for method in ("lora", "hra-pairs", "hra", "full")}
         pairs, vectors = (interval(gain(records, task, method, "lora")) for method in ("hra-pairs", "hra"))
         lora, hra_pairs, hra, full = (spread(scores(found)) for found in runs.values())
-        name = f"[{task}](docs/results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}"
+        name = f"[{task}](#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}"
         rows.append([name, lora, hra_pairs, pairs, hra, vectors, full])
     return table(["task", "LoRA", "HRA, pairs", "gain", "HRA, vectors", "gain", "full fine-tuning"], rows)
 

@@ -24,6 +24,8 @@ _ROUNDING = 1e-3
 def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
     """Check the entries of an adapter in a state, for its `HouseholderAdapters`. `key` is that of the parameter."""
     spec, given, kept = adapters.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
+    # DeepSpeed loads parameters that ZeRO-3 has partitioned by itself: they are empty here.
+    partitioned = given is not None and not given.numel()
     if given is None:
         return
     if name in adapters.scales:
@@ -34,7 +36,7 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
             errors.append(f"{key}: {_VECTORS}")
         state_dict[key] = adapters[name]
         return
-    if tuple(given.shape) != adapters.parameter_shape(name):
+    if not partitioned and tuple(given.shape) != adapters.parameter_shape(name):
         return  # torch reports the shape
     if kept is not None:
         adapters.shares.pop(name, None)
@@ -43,7 +45,7 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
             # Zeros of the shape that is possible: loading fills them, or reports another shape.
             shape = adapters.vectors_shape(kept.shape[-1])
             adapters.keep(name, kept.new_zeros(shape, device=adapters[name].device))
-    else:
+    elif not partitioned:
         try:
             check_kept(adapters, name, vectors_of(adapters.form(name) & PAIRS, given))
         except AdapterError as error:

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from _data import corpus, newsgroups, smollm2
+from _facts import FACTS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hra_fx
-from learning.tasks.facts import FACTS
 from learning.tasks.task import CACHE, Batch, Task
 
 LENGTH = 64
