@@ -11,7 +11,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -30,31 +30,23 @@ from hra_fx.errors import AdapterError
 
 # --- releases ---------------------------------------------------------------------------------------------------------
 
-#: What needs a newer release than pyproject.toml asks for: feature -> (library, lowest release, what to do without it).
-NEWER: Mapping[str, tuple[str, str, str]] = {
-    "a graph captured by torch.export": (
-        "torch",
-        "2.9",
-        "Without it, torch.fx traces a model for trace=True, graphs and visualize; adapters work without a graph.",
-    ),
-    "export_training_step": ("torch", "2.9", "Without it, train the model in PyTorch."),
-    "`target_parameters` for the experts of a transformers model": (
-        "transformers",
-        "5.6",
-        "Without it, each expert has its own layers: list them in `target_modules`.",
-    ),
+#: What needs a newer release than pyproject.toml asks for: feature -> (library, lowest release).
+NEWER: Mapping[str, tuple[str, str]] = {
+    "a graph captured by torch.export": ("torch", "2.9"),
+    "export_training_step": ("torch", "2.9"),
+    "`target_parameters` for the experts of a transformers model": ("transformers", "5.6"),
 }
 
 
 def require(feature: str) -> None:
     """Raise `AdapterError` if the installed release of a library is too old for a feature in `NEWER`."""
-    library, release, instead = NEWER[feature]
+    library, release = NEWER[feature]
     installed = version(library)
     first, wanted = ([int(number) for number in re.findall(r"\d+", text)[:2]] for text in (installed, release))
     if first < wanted:
         raise AdapterError(
             f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
-            f"pip install '{library}>={release}'. {instead}"
+            f"pip install '{library}>={release}'."
         )
 
 
@@ -232,10 +224,19 @@ def weight_conversions() -> Any:
     return importlib.import_module(name) if find_spec(name) else None
 
 
-def eager_experts(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
     """Context manager in which experts of transformers compute one expert after the other."""
-    configs = [getattr(part, "config", None) for part in model.modules()]
-    return _with_attribute(configs, "_experts_implementation", "eager")
+    name = "_experts_implementation"
+    configs = {id(config): config for part in model.modules() if hasattr(config := getattr(part, "config", None), name)}
+    before = [getattr(config, name) for config in configs.values()]
+    try:
+        for config in configs.values():
+            setattr(config, name, "eager")
+        yield
+    finally:
+        for config, own in zip(configs.values(), before, strict=True):
+            setattr(config, name, own)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -274,23 +275,3 @@ def guard_function(code: str) -> Callable[..., None]:
     exec(code, namespace)
     check: Callable[..., None] = namespace["check"]
     return check
-
-
-# --- PEFT -------------------------------------------------------------------------------------------------------------
-
-
-def without_peft_adapters(layers: Iterable[Any]) -> AbstractContextManager[None]:
-    """Context manager in which layers of PEFT compute their base layers. Which vectors are trained does not change."""
-    return _with_attribute(layers, "_disable_adapters", True)
-
-
-@contextmanager
-def _with_attribute(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
-    before = {id(owner): (owner, getattr(owner, name)) for owner in owners if hasattr(owner, name)}
-    try:
-        for owner, _ in before.values():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, own in before.values():
-            setattr(owner, name, own)

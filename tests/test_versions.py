@@ -131,11 +131,11 @@ USES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("feature", compat.NEWER)
 def test_what_needs_a_newer_release_says_so(feature: str) -> None:
-    library, release, instead = compat.NEWER[feature]
+    library, release = compat.NEWER[feature]
     installed, use = importlib.metadata.version(library), USES[feature]
     if Version(installed) >= Version(release):
         use()
         return
     text = f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
-    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(text)}pip install .*{re.escape(instead)}$"):
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(text)}pip install "):
         use()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
+from hra_fx.reporting.skipped_layers import SkippedLayer
 from hra_fx.reporting.table import Column
 from hra_fx.reporting.words import counted
 
@@ -161,20 +161,12 @@ _DETAILS = ("type", "d", "angle")
 
 
 def footnotes(
-    rows: Collection[Row],
-    skipped: Collection[SkippedLayer],
-    trained_in_full: Collection[str],
-    parameters: Collection[SkippedParameter],
+    rows: Collection[Row], skipped: Collection[SkippedLayer], trained_in_full: Collection[str]
 ) -> dict[str, list[str]]:
     """Heading -> lines of the footnotes: which layers have no adapter and why (each reason once), possible errors."""
     lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
-    share = sum(parameter.share for parameter in parameters)
-    paths = [parameter.path for parameter in parameters]
-    names = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
-    experts = f"{_listed(paths)}: to adapt them, use target_parameters={names}"
     found = {
         f"Targeted, but not adapted: {counted(len(lost), 'layer')}": _by_reason(lost),
-        f"Not adapted: 3-D parameters, {share:.1%} of the base model": [experts] if paths else [],
         "Trained in full:": [_listed(trained_in_full)] if trained_in_full else [],
         f"Not adapted: {counted(len(others), 'layer')}": _by_reason(others),
         "Q is not orthogonal:": _not_orthogonal(rows),

@@ -22,7 +22,7 @@ from hra_fx.layers.target import describe, weight_place
 from hra_fx.model.state import get_state, require_adapted_layers, unwrap
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading
 from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
-from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter, not_adapted, skipped_parameters
+from hra_fx.reporting.skipped_layers import SkippedLayer, not_adapted
 from hra_fx.reporting.table import UNLIMITED, table
 from hra_fx.reporting.words import plain
 
@@ -35,15 +35,13 @@ class Report(JupyterMixin):
 
     Attributes:
         rows: one row for each adapter of each layer, in model order.
-        skipped: the layers that could have an adapter but do not, with the reason, in model order.
+        skipped: the layers and 3-D parameters that could have an adapter but do not, with the reason.
         trained_in_full: paths of the layers that are trained in full: those in `modules_to_save`, and new heads.
-        skipped_parameters: the 3-D parameters (experts) without an adapter, in model order.
     """
 
     rows: tuple[Row, ...]
     skipped: tuple[SkippedLayer, ...] = ()
     trained_in_full: tuple[str, ...] = ()
-    skipped_parameters: tuple[SkippedParameter, ...] = ()
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -85,7 +83,7 @@ class Report(JupyterMixin):
 
     def footnotes(self) -> dict[str, list[str]]:
         """Return what is below the table: heading -> lines."""
-        return footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
+        return footnotes(self.rows, self.skipped, self.trained_in_full)
 
 
 def report(model: nn.Module) -> Report:
@@ -111,9 +109,7 @@ def report(model: nn.Module) -> Report:
         ('0', 'Linear 6->8', 6, 2, 0.0)
     """
     model = unwrap(model)
-    rows = _rows(model)
-    skipped, trained = not_adapted(model)
-    return Report(rows, skipped, trained, skipped_parameters(model))
+    return Report(_rows(model), *not_adapted(model))
 
 
 def _rows(model: nn.Module) -> tuple[Row, ...]:

@@ -18,11 +18,11 @@ from hra_fx.selection.suggestions import format_names
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A layer that could have an adapter but does not have one.
+    """A layer, or a 3-D parameter of experts, that could have an adapter but does not have one.
 
     Attributes:
         path: qualified name of the layer.
-        layer_type: class and shape of the layer.
+        layer_type: class and shape of the layer; for a parameter, the class of its module, and its shape.
         reason: why it does not have an adapter.
         targeted: whether the configuration of an adapter selects it, so that it should have an adapter.
     """
@@ -33,25 +33,14 @@ class SkippedLayer:
     targeted: bool = False
 
 
-@dataclass(frozen=True)
-class SkippedParameter:
-    """A 3-D parameter, such as the weights of experts, that does not have an adapter and is not trained.
-
-    Attributes:
-        path: qualified name of the parameter.
-        share: its share of the parameters of the base model, from 0 to 1.
-    """
-
-    path: str
-    share: float
-
-
 #: The reason for layers whose adapters' configuration is not known.
 _OUTSIDE = "outside of a transformed model, or in a part of one"
 
 
 def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
-    """The layers of a model without an adapter, in model order. A layer with several paths is listed once.
+    """The layers of a model without an adapter, in model order, then its 3-D parameters without one.
+
+    A layer with several paths is listed once.
 
     Args:
         model: a transformed model, a module that contains one, or a part of one (then the reasons are unknown).
@@ -81,17 +70,12 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
         elif kind:
             reasons = dict.fromkeys(selection.reason(below) for selection in inside)
             skipped.append(SkippedLayer(path, describe(layer), "; ".join(reasons) or _OUTSIDE, targeted))
+    for path, (owner, parameter) in expert_parameters(model).items():
+        if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner._modules:
+            name = ".".join(path.split(".")[-2:])
+            kind_and_shape = f"{type(owner).__name__} {'x'.join(map(str, parameter.shape))}"
+            skipped.append(SkippedLayer(path, kind_and_shape, f"a 3-D parameter: use target_parameters=[{name!r}]"))
     return tuple(skipped), tuple(trained)
-
-
-def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
-    """The 3-D parameters of a model without an adapter, in model order. A shared parameter is listed once."""
-    total = sum(p.numel() for name, p in model.named_parameters() if ADAPTER_CHILDREN.isdisjoint(name.split(".")))
-    return tuple(
-        SkippedParameter(path, parameter.numel() / total)
-        for path, (owner, parameter) in expert_parameters(model).items()
-        if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner._modules
-    )
 
 
 class Selection:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.config_fields import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.example_inputs import device_of, preserve_rng_state
+from hra_fx.example_inputs import device_of, preserve_rng_state, seed_everything
 from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import reshard
 from hra_fx.model.state import check_is_module, unwrap
@@ -33,8 +32,8 @@ def own_texts(
     template, in equal parts, and the model writes both. If the tokenizer has no chat template, but starts texts with a
     special token, these texts start with it.
 
-    The texts depend on `seed` and `batch_size` alone: no random number generator of the process is used or changed. If
-    several processes train a model, each of them calls this and gets the same texts.
+    The texts depend on `seed`, `batch_size` and the type of the device alone, and the random number generators of the
+    process are not changed. If several processes train a model, each of them calls this and gets the same texts.
 
     Args:
         model: a causal language model of transformers: transformed, a `PeftModel` or without adapters; wrapped or not.
@@ -49,7 +48,7 @@ def own_texts(
 
     Raises:
         ConfigError: a number is not a positive int; the model does not have positions for `length` tokens; all of them
-            are those of the chat template; or `tokenizer` is not a tokenizer.
+            are those of the chat template.
         AdapterError: the model is not a causal language model, or adapters of PEFT are merged.
 
     Example:
@@ -61,20 +60,25 @@ def own_texts(
         [(8, 5), (4, 5)]
     """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
+    from transformers import GenerationConfig
 
     for name, value in (("count", count), ("length", length), ("batch_size", batch_size)):
         check_positive_int(name, value)
     writer = _writer(model, length)
-    plan, chats = _plan(tokenizer, length)
-    allowed = _allowed(writer, tokenizer)
-    generator = torch.Generator().manual_seed(seed)
+    plan = _plan(tokenizer, length)
+    banned = _banned(writer, tokenizer)
     batches = []
+    settings = GenerationConfig(do_sample=True, top_k=0, suppress_tokens=banned or None)  # type: ignore[no-untyped-call]
     eager = torch.compiler.set_stance("force_eager")
     # In inference mode, the texts could not be trained on.
     with torch.inference_mode(False), without_adapters(unwrap(model)), preserve_rng_state(), eager:
-        for start in tqdm(range(0, count, batch_size), desc="own texts", delay=2, leave=False):
-            rows = min(batch_size, count - start)
-            batches.append({"input_ids": _written(writer, rows, plan, allowed, generator, uniform=not chats)})
+        own, writer.generation_config = writer.generation_config, settings  # its values would replace defaults
+        try:
+            seed_everything(seed)
+            for start in tqdm(range(0, count, batch_size), desc="own texts", delay=2, leave=False):
+                batches.append({"input_ids": _written(writer, min(batch_size, count - start), plan, banned)})
+        finally:
+            writer.generation_config = own
     reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
     return batches
 
@@ -83,7 +87,9 @@ def _writer(model: nn.Module, length: int) -> Any:
     """The causal language model of transformers in a model. Its layers may have adapters."""
     check_is_module(model)
     inner: Any = unwrap(model)
-    writer = inner.get_base_model() if is_of_peft(inner) and hasattr(inner, "get_base_model") else inner
+    writer = inner
+    if is_of_peft(inner):  # a PeftMixedModel has no method for it
+        writer = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
     config: Any = getattr(writer, "config", None)
     if (
         not callable(getattr(writer, "can_generate", None))
@@ -99,74 +105,55 @@ def _writer(model: nn.Module, length: int) -> Any:
     return writer
 
 
-def _plan(tokenizer: Any, length: int) -> tuple[list[int | None], bool]:
-    """The tokens of a text, None for those that the model writes; and whether it is a chat."""
-    if tokenizer is not None and not hasattr(tokenizer, "all_special_ids"):
-        raise ConfigError(
-            f"`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}. For a processor, pass "
-            "processor.tokenizer."
-        )
-    before: list[int] = []
-    after: list[int] = []
-    chats = tokenizer is not None and bool(tokenizer.chat_template)
-    if chats:
-        said = [{"role": "user", "content": _SAID}]
-        chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        if _SAID not in chat:
-            raise ConfigError("the chat template of `tokenizer` does not contain a message as it is. Pass `samples`.")
-        before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in chat.rsplit(_SAID, 1))
-    elif tokenizer is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
-        before = [tokenizer.bos_token_id]
+def _plan(tokenizer: Any, length: int) -> list[list[int] | int]:
+    """What a text consists of: tokens that are given, and numbers of tokens that the model writes."""
+    if tokenizer is None:
+        return [length]
+    if not tokenizer.chat_template:
+        has_start = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        return [[tokenizer.bos_token_id], length - 1] if has_start else [length]
+    said = [{"role": "user", "content": _SAID}]
+    chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    if _SAID not in chat:
+        raise ConfigError("the chat template of `tokenizer` does not contain a message as it is. Pass `samples`.")
+    before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in chat.rsplit(_SAID, 1))
     free = length - len(before) - len(after)
-    if free < 1 + chats:
+    if free < 2:
         raise ConfigError(
-            f"`length` must be at least {length - free + 1 + chats}, got {length}: {length - free} tokens of each text "
-            "are those of the tokenizer."
+            f"`length` must be at least {length - free + 2}, got {length}: {length - free} tokens of each text "
+            "are those of the chat template."
         )
-    message = free // 2 if chats else 0
-    return [*before, *[None] * message, *after, *[None] * (free - message)], chats
+    return [before, free // 2, after, free - free // 2]
 
 
-def _allowed(model: Any, tokenizer: Any) -> Tensor:
-    """Which tokens of the vocabulary, `(vocabulary,)`, a text may contain."""
+def _banned(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens of the vocabulary that a text must not contain."""
     text_config = model.config.get_text_config()
-    allowed = torch.ones(text_config.vocab_size, dtype=torch.bool)
-    special: set[Any] = set()
+    banned: set[Any] = set()
     for config in (model.config, text_config, model.generation_config):
         for name, value in config.to_dict().items() if config is not None else ():
             if name.endswith(("_token_id", "_token_index")):
-                special.update(value if isinstance(value, (list, tuple)) else [value])
+                banned.update(value if isinstance(value, (list, tuple)) else [value])
     if tokenizer is not None:
-        allowed[len(tokenizer) :] = False  # rows that pad the embedding
-        special.update(tokenizer.all_special_ids)
-        special.update(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
-    allowed[[token for token in special if isinstance(token, int) and 0 <= token < len(allowed)]] = False
-    return allowed
+        banned.update(range(len(tokenizer), text_config.vocab_size))  # rows that pad the embedding
+        banned.update(tokenizer.all_special_ids)
+        banned.update(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return [token for token in banned if isinstance(token, int) and 0 <= token < text_config.vocab_size]
 
 
-def _written(
-    model: Any, rows: int, plan: list[int | None], allowed: Tensor, generator: torch.Generator, *, uniform: bool
-) -> Tensor:
-    """Texts `(rows, length)`. With `uniform`, the first token that the model does not get is drawn uniformly."""
+def _written(model: Any, rows: int, plan: list[list[int] | int], banned: list[int]) -> Tensor:
+    """Texts `(rows, length)`. The first token is drawn uniformly, unless a chat template comes before it."""
     device = device_of(model)
-    # The name of the cache depends on the release of transformers. Without a cache, each call reads the whole text.
-    parameters = inspect.signature(model.forward).parameters
-    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-    drawn = plan.index(None) if uniform or plan[0] is None else None
+    chances = torch.ones(model.config.get_text_config().vocab_size).index_fill(0, torch.tensor(banned).long(), 0)
     ids = torch.empty(rows, 0, dtype=torch.int64)
-    logits, cache = torch.empty(0), None
-    for place, planned in enumerate(plan):
-        if planned is not None:
-            token = torch.full((rows, 1), planned)
-        else:
-            scores = torch.zeros(rows, len(allowed)) if place == drawn else logits.float().cpu()
-            chances = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-            token = torch.multinomial(chances, 1, generator=generator)
-        ids = torch.cat([ids, token], dim=1)
-        if place + 1 == len(plan):
-            break
-        cached = {} if name is None else {name: cache, "use_cache": True}
-        output = model(input_ids=(ids if cache is None else token).to(device), **cached)
-        cache = None if name is None else getattr(output, name, None)
-        logits = output.logits[:, -1, : len(allowed)]
-    return ids.to(device)
+    for part in plan:
+        if isinstance(part, list):
+            ids = torch.cat([ids, torch.tensor(part, dtype=torch.int64).expand(rows, -1).to(ids.device)], dim=1)
+            continue
+        first = int(not ids.shape[1] or (len(plan) == 2))
+        if first:
+            ids = torch.cat([ids, torch.multinomial(chances.expand(rows, -1), 1)], dim=1)
+        ids = ids.to(device)
+        if part > first:
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=part - first)
+    return ids

@@ -47,7 +47,7 @@ def test_the_releases_are_those_that_are_required() -> None:
     lowest = [project["requires-python"], *project["dependencies"]]
     python, torch_, transformers_ = (re.sub(r"\w*>=", "", need) for need in lowest[:3])
     assert f"Python {python}, torch {torch_} and transformers {transformers_}, or later" in README
-    for library, release in {(library, release) for library, release, _ in NEWER.values()}:
+    for library, release in set(NEWER.values()):
         assert f"need {library} {release}." in README
 
 

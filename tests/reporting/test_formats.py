@@ -66,7 +66,7 @@ def test_json_is_valid_and_has_null_for_numbers_that_are_not_finite() -> None:
 def test_an_empty_report_has_every_form() -> None:
     for text in (str(report_of()), in_notebook(report_of())):
         assert "0 adapted layers" in text
-    lists = ("rows", "skipped", "trained_in_full", "skipped_parameters")
+    lists = ("rows", "skipped", "trained_in_full")
     assert json.loads(report_of().to_json()) == {name: [] for name in lists}
 
 

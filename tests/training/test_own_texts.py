@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import VOCABULARY, bert, gpt2, llama, made, t5, vit
+from tiny import VOCABULARY, bert, gpt2, llama, t5, vit
 from tiny_tokenizer import WORDS, tokenizer
 from torch import Tensor, nn
 
@@ -92,20 +92,6 @@ def test_the_base_writes_the_texts(way: str) -> None:
     assert not torch.equal(found[0]["input_ids"], hra_fx.own_texts(model, 3, 12, seed=8)[0]["input_ids"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "widths"),
-    [("GPT2LMHeadModel", [1] * 9), ("RwkvForCausalLM", [*range(1, 10)]), ("BertLMHeadModel", [*range(1, 10)])],
-)
-def test_a_model_reads_each_token_once_if_it_has_a_cache(kind: str, widths: list[int]) -> None:
-    tokens = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 1}
-    model = made(kind, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **tokens)
-    seen: list[int] = []
-    model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True)
-    (found,) = hra_fx.own_texts(model, 4, 10)
-    assert seen == widths
-    assert torch.equal(found["input_ids"], written_by_hand(model.eval(), (4,), 10, seed=0)[0])
-
-
 def test_a_chat_template_and_special_tokens_of_a_tokenizer() -> None:
     padded = llama(vocab_size=len(WORDS) + 5, bos_token_id=None, pad_token_id=0, eos_token_id=2)
     user, bot = WORDS.index("<user>"), WORDS.index("<bot>")
@@ -142,7 +128,6 @@ def test_bad_arguments() -> None:
         ({"count": 0}, "`count` must be a positive int, got 0"),
         ({"length": 2.0}, r"`length` must be a positive int, got 2\.0"),
         ({"batch_size": True}, "`batch_size` must be a positive int, got True"),
-        ({"length": 4, "tokenizer": "my-model"}, "`tokenizer` must be a tokenizer of transformers, got str"),
         ({"length": 33}, "at most the model's max_position_embeddings = 32, got 33"),
         ({"length": 3, "tokenizer": tokenizer()}, "`length` must be at least 4, got 3: 2 tokens"),
     ):
