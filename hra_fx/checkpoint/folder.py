@@ -20,8 +20,7 @@ from hra_fx.atomic_write import Content, temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import local_folder
-from hra_fx.layers.containers import KEPT
-from hra_fx.layers.target import REFLECTION, SAVED
+from hra_fx.layers.target import KEPT, REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers
 from hra_fx.selection.suggestions import some_of

@@ -17,7 +17,7 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.export.program import refuse_operators
 from hra_fx.layers.batch import exported_batch
-from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.passes.exported import exporting, without_caches
 from hra_fx.passes.inputs import argument_names
 from hra_fx.passes.nodes import replace_node

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional.chain import PAIRS, vectors_of
-from hra_fx.layers.containers import KEPT
 from hra_fx.layers.sharding import full_tensor
+from hra_fx.layers.target import KEPT
 
 #: A fused optimizer would take a saved state of vectors for one of pairs, because both have as many numbers.
 _VECTORS = (
@@ -24,28 +24,21 @@ _ROUNDING = 1e-3
 def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
     """Check the entries of an adapter in a state, for its `HouseholderAdapters`. `key` is that of the parameter."""
     spec, given, kept = adapters.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
-    # DeepSpeed loads parameters that ZeRO-3 has partitioned by itself: they are empty here.
-    partitioned = given is not None and not given.numel()
     if given is None:
         return
     if name in adapters.scales:
         errors.append(f"{key}: adapter {name!r} has a scale. Call hra_fx.set_scale(model, {name!r}, 1) first.")
-        return
-    if spec.pairs and tuple(given.shape) == adapters.vectors_shape(spec.r):
-        if not any(error.endswith(_VECTORS) for error in errors):  # once, and not for each layer
+    elif spec.pairs and tuple(given.shape) == adapters.vectors_shape(spec.r):  # torch reports each layer too
+        if not any(error.endswith(_VECTORS) for error in errors):
             errors.append(f"{key}: {_VECTORS}")
-        state_dict[key] = adapters[name]
-        return
-    if not partitioned and tuple(given.shape) != adapters.parameter_shape(name):
-        return  # torch reports the shape
-    if kept is not None:
+    elif kept is not None:
         adapters.shares.pop(name, None)
         held = adapters.kept(name)
         if held is None or held.shape != kept.shape:
             # Zeros of the shape that is possible: loading fills them, or reports another shape.
             shape = adapters.vectors_shape(kept.shape[-1])
             adapters.keep(name, kept.new_zeros(shape, device=adapters[name].device))
-    elif not partitioned:
+    elif tuple(given.shape) == adapters.parameter_shape(name):  # those that ZeRO-3 has partitioned are empty here
         try:
             check_kept(adapters, name, vectors_of(adapters.form(name) & PAIRS, given))
         except AdapterError as error:

@@ -24,10 +24,9 @@ from hra_fx.functional.rotate import as_rows, rows_to_weight
 from hra_fx.kernels.factors import Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapter_states import prepare_load
-from hra_fx.layers.containers import KEPT, SCALED, check_adapter_name
 from hra_fx.layers.running import WITHOUT_FACTORS, Changes, Run, during, prepared_factors
 from hra_fx.layers.sharding import distribute_like, full_tensor
-from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
+from hra_fx.layers.target import KEPT, REFLECTION, SCALED, LayerKind, check_adapter_name, weight_name, weight_place
 
 #: Where a module has a tensor: a dictionary of the module, and the name in it.
 Place: TypeAlias = tuple[dict[str, Any], str]

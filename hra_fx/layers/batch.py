@@ -146,20 +146,20 @@ def _groups(layers: Iterable[nn.Module]) -> list[_Group]:
         tensors = [held[name] for held, name in places]
         if tensors and all(_is_available(tensor, adapters.width) for tensor in tensors):
             facts = tuple([(type(one), one.shape, one.dtype, one.device) for one in tensors])
-            key = tuple([form for form, _ in parts]), facts, _expected_dtype(adapters, layer, tensors[0])
-            found[key].append((adapters, places))
-    return [_group(forms, facts, dtype, members) for (forms, facts, dtype), members in found.items()]
-
-
-def _group(
-    forms: Any, facts: Any, dtype: torch.dtype, members: list[tuple[HouseholderAdapters, list[Place]]]
-) -> _Group:
-    owners = [adapters for adapters, _ in members]
-    # `batched_factors` takes the first tensor of all layers, then the second one.
-    places = [places[index] for index in range(len(facts)) for _, places in members]
-    holders, names = [holder for holder, _ in places], [name for _, name in places]
-    seen = [] if torch.compiler.is_compiling() else list(map(_SEEN, owners))
-    return _Group(owners, seen, holders, names, [fact for fact in facts for _ in members], list(forms), dtype)
+            # The dtype of the layer's last call, if it was not that of its weight.
+            dtype = adapters.compute_dtype or adapters.weight_of(layer).dtype
+            dtype = dtype if dtype in _COMPUTING else tensors[0].dtype  # a quantized weight
+            found[tuple([form for form, _ in parts]), facts, dtype].append((adapters, places))
+    groups = []
+    for (forms, facts, dtype), members in found.items():
+        owners = [adapters for adapters, _ in members]
+        # `batched_factors` takes the first tensor of all layers, then the second one.
+        places = [places[index] for index in range(len(facts)) for _, places in members]
+        holders, names = [holder for holder, _ in places], [name for _, name in places]
+        seen = [] if torch.compiler.is_compiling() else list(map(_SEEN, owners))
+        every = [fact for fact in facts for _ in members]
+        groups.append(_Group(owners, seen, holders, names, every, list(forms), dtype))
+    return groups
 
 
 def _owners(layers: Iterable[nn.Module]) -> list[tuple[HouseholderAdapters, nn.Module]]:
@@ -181,14 +181,6 @@ def _is_available(tensor: Tensor, width: int) -> bool:
     return plain and bool(tensor.data_ptr()) and not is_partitioned_by_zero3(tensor)
 
 
-def _expected_dtype(adapters: HouseholderAdapters, layer: nn.Module, vectors: Tensor) -> torch.dtype:
-    """The dtype of the products of a layer: that of its last call, if it was not the one of its weight."""
-    if adapters.compute_dtype is not None:
-        return adapters.compute_dtype
-    dtype = adapters.weight_of(layer).dtype
-    return dtype if dtype in _COMPUTING else vectors.dtype  # a quantized weight
-
-
 def traced_batch(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Context manager in which layers use factors that were computed together, while TorchDynamo traces."""
     return _Held(_groups(layers))
@@ -199,12 +191,8 @@ def exported_batch(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
     Without batches, each layer would take about a hundred nodes, including its backward pass.
     """
-    found = _groups(layers)
-    return _Held([one._replace(dtype=_wide(one)) for one in found if one.owners[0].kind == "linear"])
-
-
-def _wide(group: _Group) -> torch.dtype:
-    return working_dtype(group.holders[0][group.names[0]].dtype)
+    linear = [group for group in _groups(layers) if group.owners[0].kind == "linear"]
+    return _Held([one._replace(dtype=working_dtype(one.holders[0][one.names[0]].dtype)) for one in linear])
 
 
 class _Held:

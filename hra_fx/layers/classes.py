@@ -14,8 +14,8 @@ from hra_fx.layers.conv import AdaptedConv, ConvAdapters
 from hra_fx.layers.experts import ExpertsAdapters, attach, detach
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.linear import AdaptedLinear, LinearAdapters
-from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.quantized.adapted import AdaptedQuantizedLinear, QuantizedAdapters
+from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.layers.target import REFLECTION, is_conv1d, kind_of, width_of
 
 

@@ -45,9 +45,9 @@ class AdaptedExperts(SwapMixin):
         layer = vars(self).get("_modules", {}).get(CHILD + name)
         if not isinstance(layer, ExpertsWeight) or name not in self._parameters:
             return super().__getattr__(name)
-        if (known := RUNNING.experts) is None:
+        if RUNNING.reader is None:
             return read_weight(layer)
-        key = layer, torch.is_grad_enabled()
+        known, key = RUNNING.reader.experts, (layer, torch.is_grad_enabled())
         if key not in known:
             known[key] = read_weight(layer)
         return known[key]
@@ -59,12 +59,13 @@ class AdaptedExperts(SwapMixin):
 
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            _check_parameters(self)
-            outer, RUNNING.experts = RUNNING.experts, {}
-            try:
-                return run(self, *args, **kwargs)
-            finally:
-                RUNNING.experts = outer
+            for layer in adapted_parameters(self):
+                if layer.parameter in self.__dict__:
+                    raise AdapterError(
+                        f"{type(self).__name__}.{layer.parameter}: FSDP1 and DataParallel replace parameters of "
+                        "experts by plain tensors, so the adapter would not act. Use DistributedDataParallel or FSDP2."
+                    )
+            return run(self, *args, **kwargs)
 
         return {"forward": forward}
 
@@ -85,13 +86,3 @@ def detach(layer: ExpertsWeight) -> None:
     layer.owner._modules.pop(CHILD + layer.parameter, None)
     if not adapted_parameters(layer.owner):
         unswap(layer.owner, AdaptedExperts)
-
-
-def _check_parameters(owner: nn.Module) -> None:
-    """Raise an error if a tool stores an adapted parameter as a plain attribute, which would be read without `Q`."""
-    for layer in adapted_parameters(owner):
-        if layer.parameter in owner.__dict__:
-            raise AdapterError(
-                f"{type(owner).__name__}.{layer.parameter}: FSDP1 and DataParallel replace parameters of experts by "
-                "plain tensors, so the adapter would not act. Use DistributedDataParallel or FSDP2 (fully_shard)."
-            )

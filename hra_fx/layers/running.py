@@ -44,18 +44,28 @@ class Run(NamedTuple):
     changes: int = 0
 
 
+class Reader(NamedTuple):
+    """The innermost forward in this thread that reads weights by itself (`hra_fx.layers.weight.running`).
+
+    Attributes:
+        module: its module.
+        read: the weights that it has read: the layer; a tensor with the version, but not the memory, of `W Q`; and this
+            version at the time of the read.
+        experts: `W Q` of experts, which loop over it: (layer, whether with gradients) -> weight.
+    """
+
+    module: nn.Module
+    read: list[tuple[nn.Module, Tensor, int]]
+    experts: dict[tuple[nn.Module, bool], Tensor]
+
+
 class _Running(threading.local):
     """What runs in this thread."""
 
     def __init__(self) -> None:
         # TorchDynamo would guard that a class attribute is not an attribute of the object, which its first call breaks.
         self.run: Run | None = None
-        #: The innermost layer that runs a forward of its own, which reads its weight.
-        self.layer: Any = None
-        #: The weights that the innermost forward of experts has read; `None` outside of such a forward.
-        self.experts: dict[Any, Any] | None = None
-        #: The weights `W Q` that the innermost such module has read: layer, weight, and the version of the weight.
-        self.read: list[tuple[nn.Module, Tensor, int]] | None = None
+        self.reader: Reader | None = None
         #: The last forward with a cache (`generate`): cache -> a weak reference to the model, and the run.
         self.generation: WeakKeyDictionary[Any, tuple[Callable[[], object], Run]] = WeakKeyDictionary()
 

@@ -8,8 +8,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hra_fx.errors import AdapterError
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
-from hra_fx.layers.quantized import is_foreign_linear, packed_name, quant_scheme_of
+from hra_fx.layers.quantized.libraries import is_packed, packed_name, quant_scheme_of
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
@@ -17,6 +18,11 @@ LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attentio
 REFLECTION = "hra_u"
 #: Name of the child module with trained copies of tensors that are not in use.
 SAVED = "hra_saved"
+#: Suffixes of the names of an adapter's buffers: the directions that it keeps, and its scaled chain.
+KEPT = "_kept"
+SCALED = "_scaled"
+#: Names that mean the base model, for hra_fx and for PEFT.
+_OF_BASE = ("base_layer", "original_module")
 #: Names of all children that adapters add to the modules of the base model.
 ADAPTER_CHILDREN = frozenset((REFLECTION, SAVED))
 #: Name of the child of a graph that computes the factors of all its layers.
@@ -27,9 +33,26 @@ BASE_WEIGHT = "hra_base"
 _CONVOLUTIONS: dict[type[nn.Module], LayerKind] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 
 
+def check_adapter_name(name: object, container: nn.Module) -> None:
+    """Raise an error if a name cannot be the name of a folder, and of a parameter or module in a container."""
+    if (
+        not isinstance(name, str)
+        or not name
+        or name != name.strip()
+        or any(sign in name for sign in "./\\\0")
+        or name.endswith((KEPT, SCALED))
+        or hasattr(container, name)
+        or name in _OF_BASE
+    ):
+        raise AdapterError(
+            f"`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, "
+            f"no spaces at its ends, not ending in {KEPT!r} or {SCALED!r}, and not a reserved name; got {name!r}."
+        )
+
+
 def find_kind(layer: nn.Module) -> LayerKind | None:
     """The kind of a layer that can be adapted; `None` for any other module."""
-    if isinstance(layer, nn.Linear) or is_conv1d(layer) or is_foreign_linear(layer):
+    if isinstance(layer, nn.Linear) or is_conv1d(layer) or is_packed(layer):
         return "linear"
     if isinstance(layer, nn.MultiheadAttention):
         return "attention"
@@ -61,7 +84,7 @@ def weight_place(layer: nn.Module) -> tuple[nn.Module, str]:
     """The module that has the rotated parameter, and the name of the parameter in this module."""
     if isinstance(layer, ExpertsWeight):
         return layer.owner, layer.parameter
-    return layer, packed_name(layer) if is_foreign_linear(layer) else weight_name(kind_of(layer))
+    return layer, packed_name(layer) if is_packed(layer) else weight_name(kind_of(layer))
 
 
 def held_weight(layer: nn.Module) -> Tensor | None:
@@ -112,7 +135,7 @@ def describe(layer: nn.Module) -> str:
     if isinstance(layer, ExpertsWeight):
         return layer.extra_repr()
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        sizes = f" {layer.in_features}->{layer.out_features}" if is_foreign_linear(layer) else ""
+        sizes = f" {layer.in_features}->{layer.out_features}" if is_packed(layer) else ""
         return type(layer).__name__ + sizes
     size = "x".join(map(str, layer.kernel_size))
     groups = f", groups {layer.groups}" if layer.groups > 1 else ""

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from hra_fx.compat import non_persistent_buffers, state_modules
-from hra_fx.layers.containers import check_adapter_name
 from hra_fx.layers.sharding import device_of_values
-from hra_fx.layers.target import SAVED
+from hra_fx.layers.target import SAVED, check_adapter_name
 
 #: The name of the base model where an adapter name is expected.
 BASE = "base_layer"

@@ -20,9 +20,9 @@ from hra_fx.layers.accelerate_hooks import loaded, offloading_hook
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.class_swap import SwapMixin, mixins_of, original_class, swap
 from hra_fx.layers.peft_layers import is_peft_layer
-from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.layers.readers import needs_parameters, reads_weights, writes_data
-from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Reader, during
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION, weight_place
 
@@ -117,9 +117,11 @@ def read_weight(layer: nn.Module) -> Any:
         return base
     if adapters.reflects_input:
         adapters.is_read = True
-    found = adapters(weight=base)
-    if RUNNING.read is not None:
-        RUNNING.read.append((layer, found, compat.tensor_versions([found])[0]))
+    found: Tensor = adapters(weight=base)
+    if RUNNING.reader is not None and compat.is_plain_eager() and not found.is_inference():
+        watched = found.detach()
+        watched.data = watched.new_empty(0)
+        RUNNING.reader.read.append((layer, watched, watched._version))
     return found
 
 
@@ -132,7 +134,7 @@ def _must_be_parameter(layer: nn.Module, base: Any) -> bool:
     if is_dtensor(base) or base.is_meta or getattr(base, "_fsdp_flattened", False):
         return True
     owner, _ = weight_place(layer)
-    return offloading_hook(owner) is not None and RUNNING.layer is not owner
+    return offloading_hook(owner) is not None and (RUNNING.reader is None or RUNNING.reader.module is not owner)
 
 
 class ReadsWeights(SwapMixin):
@@ -178,24 +180,19 @@ def running(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        outer = RUNNING.layer, RUNNING.read
-        RUNNING.layer, RUNNING.read = self, []
+        outer = RUNNING.reader
+        reader = RUNNING.reader = Reader(self, [], {})
         try:
             output = during(RUNNING.run or WITHOUT_FACTORS, forward, self, *args, **kwargs)
-            for layer, weight, version in RUNNING.read:
-                _refuse_write(layer, weight, version)
-            return output
         finally:
-            RUNNING.layer, RUNNING.read = outer
+            RUNNING.reader = outer
+        if written := [layer for layer, weight, version in reader.read if weight._version != version]:
+            adapters: Any = written[0]._modules[REFLECTION]
+            raise AdapterError(
+                f"{adapters.layer_path}: the forward of the model writes into its {weight_place(written[0])[1]}. It is "
+                "W Q while the model runs, so the change would be lost. Write outside of the forward, or leave the "
+                "layer out with exclude_modules."
+            )
+        return output
 
     return run
-
-
-def _refuse_write(layer: nn.Module, weight: Tensor, version: int) -> None:
-    if compat.tensor_versions([weight]) != [version]:
-        adapters: Any = layer._modules[REFLECTION]
-        raise AdapterError(
-            f"{adapters.layer_path}: the forward of the model writes into its {weight_place(layer)[1]}. It is W Q "
-            "while the model runs, so the change would be lost. Write outside of the forward, or leave the layer out "
-            "with exclude_modules."
-        )

@@ -18,7 +18,7 @@ from hra_fx.functional.rotate import as_rows, check_foldable
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_weight import is_transposed, parameter_of
-from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.layers.sharding import full_tensor, gathered
 from hra_fx.layers.target import ADAPTER_CHILDREN, weight_place
 from hra_fx.layers.trained_copies import copies_of

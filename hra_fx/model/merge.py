@@ -12,7 +12,7 @@ from hra_fx.compat import state_modules
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.functional.rotate import check_foldable, rotate_weight, rows_to_weight
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, root_of

@@ -14,7 +14,7 @@ from hra_fx.functional.rotate import rotate_weight
 from hra_fx.functional.statistics import readable_rows, relative_change, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts import ExpertsAdapters
-from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.quantized.libraries import quant_scheme_of
 
 
 @dataclass(frozen=True)

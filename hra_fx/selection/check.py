@@ -14,7 +14,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import has_class_forward, offloading_hook
 from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
+from hra_fx.layers.quantized.libraries import is_packed, quant_scheme_of
 from hra_fx.layers.sharding import SPLIT, is_dtensor, sharded_by
 from hra_fx.layers.target import full_shape, held_weight, weight_entry, weight_place, width_of
 from hra_fx.layers.trained_copies import get_copies
@@ -96,7 +96,7 @@ def _state_problem(layer: nn.Module) -> str | None:
     copies = get_copies(owner)
     if copies is not None and name in copies.names:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
-    is_held = name in owner._parameters or (is_foreign_linear(layer) and name in owner._buffers)
+    is_held = name in owner._parameters or (is_packed(layer) and name in owner._buffers)
     if parametrize.is_parametrized(owner, name) or not is_held:
         return (
             f"its `{name}` is computed from other parameters in each call, so it cannot be folded. Call "

@@ -20,7 +20,6 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
-from hra_fx.layers.quantized import UnknownLinear, quant_scheme_of
 from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
@@ -196,17 +195,9 @@ def layer_index(config: HRAConfig, path: str) -> int | None:
 
 
 def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[str]:
-    """The paths of all linear layers, without the output layer of a transformers model.
-
-    Unknown modules that may be linear are only selected by name.
-    """
+    """The paths of all linear layers, without the output layer of a transformers model."""
     head = _output_layer(model, config)
-    linear = {path: module for path, module in once(modules).items() if find_kind(module) == "linear"}
-    return {
-        path
-        for path, module in linear.items()
-        if module is not head and type(quant_scheme_of(module)) is not UnknownLinear
-    }
+    return {path for path, module in once(modules).items() if find_kind(module) == "linear" and module is not head}
 
 
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:

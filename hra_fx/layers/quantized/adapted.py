@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from hra_fx.layers.linear import AdaptedLinear, LinearAdapters, reflect_rows
-from hra_fx.layers.quantized.libraries import quant_scheme_of
-from hra_fx.layers.quantized.linear_map import LinearMap
+from hra_fx.layers.quantized.libraries import LinearMap, quant_scheme_of
 from hra_fx.layers.running import factors_for
 from hra_fx.layers.target import REFLECTION
 
@@ -25,9 +25,9 @@ class QuantizedAdapters(LinearAdapters):
 
 
 class AdaptedQuantizedLinear(AdaptedLinear):
-    """A quantized Linear that reflects its input, which gets a gradient even if the library does not compute it.
+    """A quantized Linear that reflects its input, and computes its gradient, whether or not the library does.
 
-    Then it is the straight-through estimator: with `y = W x` for the dequantized weight, the gradient of `x` is `W^T`
+    It is the straight-through estimator: with `y = W x` for the dequantized weight, the gradient of `x` is `W^T`
     times the gradient of `y`. If inputs are also quantized, the backward pass ignores their rounding, as in
     quantization-aware training (Bengio et al., 2013, https://arxiv.org/abs/1308.3432).
     """
@@ -43,14 +43,10 @@ class AdaptedQuantizedLinear(AdaptedLinear):
                 factors = factors_for(self.hra_u, input)
                 reflected = input if factors is None else reflect_rows(input, factors)
             x: Tensor = reflected
-            scheme: Any = quant_scheme_of(self)
-            wanted = torch.is_grad_enabled() and x.requires_grad
-            # If the bias is trained, the output has a gradient, whether or not the library passes one to the input.
-            is_ours = scheme.straight_through or any(p.requires_grad for p in self.parameters(recurse=False))
-            given = x.detach() if wanted and is_ours else x
+            given = x.detach()
             output = F.linear(given, self.hra_base, self.bias) if is_torchao else base.forward(self, given)
-            if wanted and (is_ours or not output.requires_grad):
-                return _StraightThrough.apply(output, x, self, scheme)  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled() and x.requires_grad:
+                return _StraightThrough.apply(output, x, self, quant_scheme_of(self))  # type: ignore[no-untyped-call]
             return output
 
         if is_torchao:  # code may read its weight; that of other libraries is packed
@@ -66,7 +62,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, layer: nn.Module, scheme: LinearMap) -> Tensor:
         ctx.layer, ctx.scheme, ctx.dtype = layer, scheme, x.dtype
-        return output.clone() if output.is_inference() else output.view_as(output)
+        is_plain = is_dynamo_compiling() or not output.is_inference()  # that of some kernels is
+        return output.view_as(output) if is_plain else output.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:

@@ -1,4 +1,4 @@
-"""The libraries whose linear layers are known, by the packages of their classes, and the quirks of each."""
+"""Linear layers of quantization libraries, by the packages of their classes. Only what they compute is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,39 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.quantized.linear_map import LinearMap, UnknownLinear, tensors_of
+
+#: Packages with linear layers that are not `nn.Linear`, for GPTQ, AWQ, HQQ and others.
+_PACKED = ("aqlm", "awq", "eetq", "gptqmodel", "hqq")
+
+
+class LinearMap:
+    """A layer whose own forward is called. hra_fx does not need to know how it stores its weight."""
+
+    def description(self, layer: nn.Module) -> str:
+        """The package and the class, for messages."""
+        cls = original_class(layer)
+        return f"{cls.__module__.partition('.')[0]}, {cls.__name__}"
+
+    def why_not_adapted(self, layer: Any) -> str | None:
+        """Return why a layer cannot be adapted, without a final period."""
+        return None
+
+    def values(self, layer: Any) -> Tensor:
+        """The dequantized weight `(out, d)`: by the layer's function, or the outputs for the unit vectors."""
+        if hasattr(layer, "dequantize"):  # HQQ
+            dequantized: Tensor = layer.dequantize().detach()
+            return dequantized
+        alone: Any = object.__new__(original_class(layer))  # without adapters
+        vars(alone).update(vars(layer))
+        for held in ("_parameters", "_buffers"):  # a large bias would hide the digits of the rest
+            own = vars(layer)[held].items()
+            vars(alone)[held] = {n: torch.zeros_like(t) if n == "bias" and t is not None else t for n, t in own}
+        tensors = list(tensors_of(layer).values())
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float16)
+        with torch.no_grad():
+            rows = torch.eye(layer.in_features, dtype=dtype, device=tensors[0].device)
+            found: Tensor = original_class(layer).forward(alone, rows)
+        return found.mT.clone()  # some kernels return tensors of inference mode
 
 
 class BitsAndBytes(LinearMap):
@@ -40,25 +72,8 @@ class BitsAndBytes(LinearMap):
         return values
 
 
-class HQQ(LinearMap):
-    """`HQQLinear`. Its own backward fails under autocast, and only its default backend has one."""
-
-    straight_through = True
-
-    def values(self, layer: Any) -> Tensor:
-        """Each backward needs the values, so they must be fast."""
-        values: Tensor = layer.dequantize()
-        return values.detach()
-
-
 class TorchAO(LinearMap):
-    """An `nn.Linear` with a weight of torchao.
-
-    torchao passes no gradients if it quantizes inputs, and otherwise keeps a floating-point copy of the weight for the
-    backward.
-    """
-
-    straight_through = True
+    """An `nn.Linear` with a weight of torchao."""
 
     def description(self, layer: nn.Module) -> str:
         """The class of the weight."""
@@ -72,23 +87,19 @@ class TorchAO(LinearMap):
 
 def quant_scheme_of(layer: nn.Module) -> LinearMap | None:
     """What is known about a linear layer of another library; `None` for a plain weight and for other modules."""
-    if isinstance(layer, nn.Linear):
-        if _is_of("bitsandbytes", layer):
-            return BitsAndBytes()
-        is_plain = original_class(layer).forward is nn.Linear.forward
-        return TorchAO() if is_plain and _is_of("torchao", layer._parameters.get("weight")) else None
-    if not is_foreign_linear(layer):
-        return None
-    return HQQ() if _is_of("hqq", layer) else LinearMap() if _is_of("gptqmodel", layer) else UnknownLinear()
+    if not isinstance(layer, nn.Linear):
+        return LinearMap() if is_packed(layer) else None
+    if _is_of(("bitsandbytes",), layer):
+        return BitsAndBytes()
+    is_plain = original_class(layer).forward is nn.Linear.forward
+    return TorchAO() if is_plain and _is_of(("torchao",), layer._parameters.get("weight")) else None
 
 
-def is_foreign_linear(layer: nn.Module) -> bool:
-    """Whether a module looks like a linear layer: it has `in_features`, `out_features`, tensors and no children."""
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a module is a linear layer of another library that is not an `nn.Linear`."""
     sizes = vars(layer).get("in_features"), vars(layer).get("out_features")
-    if isinstance(layer, nn.Linear) or not all(type(size) is int for size in sizes):
-        return False
-    inside = set(layer._modules) - {"hra_u", "hra_saved"}  # constants of `target.py`, which imports this file
-    return not inside and bool(tensors_of(layer))
+    is_linear = not isinstance(layer, nn.Linear) and None not in sizes and _is_of(_PACKED, layer)
+    return is_linear and bool(tensors_of(layer))
 
 
 def packed_name(layer: nn.Module) -> str:
@@ -96,6 +107,12 @@ def packed_name(layer: nn.Module) -> str:
     return next(iter(tensors_of(layer)))
 
 
-def _is_of(package: str, found: object) -> bool:
+def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's own parameters and buffers, the largest first."""
+    found = {name: t for held in (layer._parameters, layer._buffers) for name, t in held.items() if t is not None}
+    return dict(sorted(found.items(), key=lambda item: -item[1].nbytes))
+
+
+def _is_of(packages: tuple[str, ...], found: object) -> bool:
     """Whether an object has a class of a package, or a class that is derived from one."""
-    return any(cls.__module__.partition(".")[0] == package for cls in type(found).__mro__)
+    return any(cls.__module__.partition(".")[0] in packages for cls in type(found).__mro__)

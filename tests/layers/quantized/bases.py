@@ -29,10 +29,12 @@ WIDTH = 64
 
 
 class Packed(nn.Module):
-    """Like a layer of a library with its own kernel: it has no `weight` and passes no gradient.
+    """Like a layer of GPTQModel with its own kernel: it has no `weight` and passes no gradient.
 
     AWQ's kernels for GPUs return inference tensors, which autograd cannot use.
     """
+
+    __module__ = "gptqmodel"
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "torchao, Float8Tensor": torchao(Float8WeightOnlyConfig()),
     "torchao, Opaque": _opaque,
     "hqq, HQQLinear": _hqq,
-    "layers, Packed": Packed,
+    "gptqmodel, Packed": Packed,
 }
 EXACT = [name for name in SCHEMES if "dynamic" not in name]
 
