@@ -209,7 +209,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
         is_dropped = isinstance(module, nn.Identity | ByMode) or (isinstance(module, nn.Dropout) and module.p == 0)
         return read(node, values) if is_dropped or node.target in _UNSEEN else None
     if node.op in ("placeholder", "output"):
-        return Value() if node.op == "placeholder" and node.args else None  # an optional argument, left at its default
+        return None
     if not node.users or is_metadata(node) or isinstance(node.meta.get("val"), _NUMBERS):
         return Value()
     before = read(node, values)

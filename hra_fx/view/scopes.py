@@ -70,8 +70,8 @@ class _Nesting:
             class_name=self.picture.graph["classes"].get(path, ""),
             is_traced=self.picture.graph["traced"],
             items=tuple(self._item(group, depth) for group in groups),
-            edges=self._edges(groups, place, ports),
-            ports=tuple(dict.fromkeys(ports.values())),
+            edges=self._edges(groups, place, list(ports)),
+            ports=tuple(ports.values()),
             outputs=tuple(sorted(leaving)),
         )
         return merge_repeats(scope)
@@ -91,19 +91,17 @@ class _Nesting:
                     ports[source] = next(map(name_of, outer), self.leaf(source).name)
         return ports
 
-    def _edges(self, groups: list[list[str]], place: dict[str, int], ports: dict[str, str]) -> tuple[Edge, ...]:
-        """The edges between the items of a scope, and from its ports. Each has the shapes of its values."""
-        names, shapes = list(dict.fromkeys(ports.values())), dict[tuple[int, int, int], dict[str, None]]()
+    def _edges(self, groups: list[list[str]], place: dict[str, int], ports: list[str]) -> tuple[Edge, ...]:
+        """The edges between the items of a scope, and from its ports."""
+        edges: set[Edge] = set()
         for target, keys in enumerate(groups):
-            own = self._ports(keys)
-            entries = list(dict.fromkeys(own.values()))
+            own = list(self._ports(keys))
             for key in keys:
                 for source, data in self.picture.pred[key].items():
                     if place.get(source) != target:
-                        start = place[source] if source in place else ~names.index(ports[source])
-                        ends = start, target, entries.index(own[source])
-                        shapes.setdefault(ends, {})[data["shape"]] = None
-        return tuple(sorted(Edge(*ends, ", ".join(own)) for ends, own in shapes.items()))
+                        start = place[source] if source in place else ~ports.index(source)
+                        edges.add(Edge(start, target, own.index(source), data["shape"]))
+        return tuple(sorted(edges))
 
     def _join_operations(self, groups: list[list[str]], depth: int) -> list[list[str]]:
         """Join groups of leaves so that there is a box for each expression, such as the rotated query of an attention.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, SubElement
@@ -164,35 +164,45 @@ class Pen:
         return Drawn(group, size)
 
     def _open_module(self, group: Element, scope: Scope, *, root: bool) -> Drawn:
-        """Draw a module with its ports, its items and the edges between them."""
-        ports = [self._port(name if len(scope.ports) > 1 else "") for name in scope.ports]
-        count = len(ports)
-        boxes = [*ports, *map(self.draw, scope.items), *[Drawn(Element("g"), _NOTHING)] * bool(scope.outputs)]
-        rows = [0] * count + [row + bool(count) for row in rows_of(scope)]
-        rows += [max(rows) + 1] * bool(scope.outputs)
-        edges = [
-            edge._replace(source=edge.source + count if edge.source >= 0 else ~edge.source, target=edge.target + count)
-            for edge in scope.edges
-        ]
-        edges += [Edge(output + count, len(boxes) - 1, 0) for output in scope.outputs]
-        inner = Layout([box.size for box in boxes], edges, rows)
-        title = [self._name(scope, bold=True), Span(shorten(scope.class_name, _LETTERS), _DETAIL, "faint")]
-        left, top, wide, high = 0.0, 0.0, inner.width, inner.height
-        if not root:
-            wide = max(line_width(title), inner.width) + 2 * _PAD
-            left, top = (wide - inner.width) / 2, 27.0 + 12 * (not ports)
-            high = top + inner.height + 12 * (not scope.outputs)
-            _frame(group, "open", Size(wide, high))
-            write(group, 13, 18, *title)
-        else:
+        """Draw the frame and the title of a module, and what is in it."""
+        body = self._inside(scope, "card" if root else "module")
+        if root:
             group.set("class", "root")
+            body.put(group, 0, 0)
+            return Drawn(group, body.size)
+        title = [self._name(scope, bold=True), Span(shorten(scope.class_name, _LETTERS), _DETAIL, "faint")]
+        wide = max(line_width(title), body.size.width) + 2 * _PAD
+        top = 27.0 + 12 * (not scope.ports)
+        size = replace(body.size, width=wide, height=top + body.size.height + 12 * (not scope.outputs))
+        _frame(group, "open", size)
+        write(group, 13, 18, *title)
+        body.put(group, (wide - body.size.width) / 2, top)
+        return Drawn(group, size)
+
+    def _inside(self, scope: Scope, paper: str) -> Drawn:
+        """Draw the items of a module with the edges between them, its ports in the first row, and its end."""
+        origins = list(dict.fromkeys(scope.ports))  # values from the same box or module share a port
+        ports = [self._port(name if len(origins) > 1 else "") for name in origins]
+        end = [Drawn(Element("g"), _NOTHING)] * bool(scope.outputs)
+        first, boxes = len(ports), [*ports, *map(self.draw, scope.items), *end]
+        rows = [0] * first + [row + bool(ports) for row in rows_of(scope)]
+        rows += [max(rows) + 1] * len(end)
+        edges, shapes = dict[Edge, None](), dict[int, dict[str, None]]()
+        for source, target, port, text in scope.edges:
+            start = source + first if source >= 0 else origins.index(scope.ports[~source])
+            size = boxes[target + first].size
+            edges[Edge(start, target + first, size.enter.index(size.entry(port)))] = None
+            if text:
+                shapes.setdefault(start, {})[text] = None
+        edges |= dict.fromkeys(Edge(output + first, len(boxes) - 1, 0) for output in scope.outputs)
+        layout = Layout([box.size for box in boxes], list(edges), rows)
         body = Element("g")
-        _draw_edges(body, inner.routes, range(count, count + len(scope.items)), "card" if root else "module")
-        for box, x, y in zip(boxes, inner.x, inner.top, strict=True):
+        _draw_edges(body, layout.routes, range(first, first + len(scope.items)), shapes, paper)
+        for box, x, y in zip(boxes, layout.x, layout.top, strict=True):
             box.put(body, x - box.size.width / 2, y)
-        Drawn(body, _NOTHING).put(group, left, top)
-        ends = [left + x - wide / 2 for x in inner.x]
-        return Drawn(group, Size(wide, high, tuple(ends[:count]) or (0.0,), ends[-1] if scope.outputs else 0.0))
+        ends = [x - layout.width / 2 for x in layout.x]
+        enter = tuple(ends[origins.index(name)] for name in scope.ports) or (0.0,)
+        return Drawn(body, Size(layout.width, layout.height, enter, ends[-1] if end else 0.0))
 
     def _port(self, name: str) -> Drawn:
         """Draw the name of the box or module that a value comes from, if there are several."""
@@ -213,8 +223,10 @@ def skipped_marker(parent: Element, x: float, y: float, *, targeted: bool) -> No
     shape(parent, "circle", cx=x, cy=y, r=3.5, fill="card", stroke_width=1.7, **look)
 
 
-def _draw_edges(body: Element, routes: Sequence[Route], parts: range, paper: str) -> None:
-    """Draw edges, with arrows except at ports and borders, and beside their start the shapes of the values."""
+def _draw_edges(
+    body: Element, routes: Sequence[Route], parts: range, shapes: Mapping[int, Iterable[str]], paper: str
+) -> None:
+    """Draw edges, with arrows at the parts, and beside their start the shapes of the values."""
     starts: dict[int, list[Route]] = {}
     for route in routes:
         starts.setdefault(route.edge.source, []).append(route)
@@ -222,15 +234,13 @@ def _draw_edges(body: Element, routes: Sequence[Route], parts: range, paper: str
         if route.edge.target in parts:
             x, _, y = route.pieces[-1]
             shape(body, "path", d=f"M{number(x)} {number(y)}l-3.5 -7h7z", fill="edge")
-    for source, own in starts.items():
-        text = ", ".join(dict.fromkeys(filter(None, (route.edge.shape for route in own))))
-        if source in parts and text:
-            x, _, y = own[0].pieces[0]
-            is_left = sum(route.pieces[1][0] - x for route in own) > 8  # the side to which edges do not turn
-            at, anchor = (x - 5, "end") if is_left else (x + 5, "start")
-            label = write(body, at, y + 11, Span(text, _SHAPE, "faint"), anchor=anchor)
-            label.attrib.update({"class": "shape", "stroke": COLORS[paper][0], "stroke-width": "3"})
-            label.set("paint-order", "stroke")
+    for source in sorted(starts.keys() & shapes.keys() & {*parts}):
+        x, _, y = starts[source][0].pieces[0]
+        is_left = sum(route.pieces[1][0] - x for route in starts[source]) > 8  # the side to which edges do not turn
+        at, anchor = (x - 5, "end") if is_left else (x + 5, "start")
+        label = write(body, at, y + 11, Span(", ".join(shapes[source]), _SHAPE, "faint"), anchor=anchor)
+        label.attrib.update({"class": "shape", "stroke": COLORS[paper][0], "stroke-width": "3"})
+        label.set("paint-order", "stroke")
 
 
 def path_of(route: Route) -> str:

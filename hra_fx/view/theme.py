@@ -29,11 +29,9 @@ HEAT: tuple[tuple[str, str], ...] = (
 #: Role -> the colors on light and on dark backgrounds. `violet` is an adapter, `blue` a layer that is trained in full,
 #: `red` a layer that should have an adapter but does not, and `unknown` a change that could not be computed.
 COLORS: Mapping[str, tuple[str, str]] = {
-    "paper": ("#f6f7fa", "#12161d"),
     "card": ("#ffffff", "#1b212b"),
     "ink": ("#1f2733", "#e6eaf1"),
     "faint": ("#505b6b", "#a9b4c4"),
-    "rule": ("#d4dae3", "#343d4b"),
     "edge": ("#7b8798", "#7f8b9f"),
     "line": ("#a9b4c3", "#66738a"),
     "port": ("#eceff4", "#2a323f"),

@@ -50,7 +50,7 @@ class Scope:
     is_traced: bool  # if not, its items are in the order of definition, without edges
     items: tuple[Item, ...]  # in topological order
     edges: tuple[Edge, ...] = ()
-    ports: tuple[str, ...] = ()  # the boxes and modules outside that its values come from
+    ports: tuple[str, ...] = ()  # for each value from outside, the box or module that it comes from
     outputs: tuple[int, ...] = ()  # items with a value that is read outside
     count: int = 1  # number of identical neighbors that are drawn as this scope
     last: str = ""  # name of the last of these neighbors

@@ -157,10 +157,10 @@ def test_repeats_are_one_box_and_the_files_are_small(tmp_path: Path) -> None:
 
 
 def test_a_shape_is_that_of_the_result_that_the_edge_carries(tmp_path: Path) -> None:
-    root = svg_of(draw("pairs", tmp_path / "a.svg", depth=1))
+    root = svg_of(draw("pairs", tmp_path / "a.svg", depth=0))
     texts = [text for box in boxes(root) for text in box.texts()]
-    assert "blocks.1 … 2 × 2" in texts, "the first block reads two modules, and the others both results of one"
-    assert sorted(shapes(root)) == ["5×2", "5×2, 5×4", "5×3", "5×3", "5×4", "5×4", "5×4, 5×2"]
+    assert "blocks.0 … 2 × 3" in texts, "the first block reads two modules, and the others both results of one"
+    assert sorted(shapes(root)) == ["5×2", "5×2, 5×4", "5×3", "5×3", "5×4", "5×4"]
 
 
 def test_a_layer_that_should_have_an_adapter_is_marked(tmp_path: Path) -> None:
