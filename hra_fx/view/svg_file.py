@@ -58,10 +58,13 @@ def _draw_legend(svg: Element, drawing: Drawing, root: Scope) -> float:
             shape(group, "rect", **place, fill=f"heat{step}", class_="heat")
         x += len(HEAT) * _STEP + 6
         x = words(MEASURES["weight_change"].text(100 * drawing.largest_change)) + 12
-    if drawing.largest_change and any(map(math.isnan, drawing.changes.values())):
-        shape(group, "rect", x=x, width=24.0, height=15.0, fill="unknown")
-        x += 31
-        x = words("unknown") + 12
+    unknown = drawing.largest_change and any(map(math.isnan, drawing.changes.values()))
+    full = drawing.report.trained_in_full
+    for fill, why in (("unknown", "unknown" * bool(unknown)), ("blue-pale", "trained in full" * bool(full))):
+        if why:
+            shape(group, "rect", x=x, width=24.0, height=15.0, fill=fill, stroke="line")
+            x += 31
+            x = words(why) + 12
     for targeted, why in ((False, "not targeted"), (True, "targeted, but not adapted")):
         if count := sum(layer.targeted is targeted for layer in root.skipped):
             skipped_marker(group, x + 7, 7.5, targeted=targeted)
