@@ -93,8 +93,7 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> by
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {key!r} is not finite. Save a state from before the training diverged.")
+    _check_finite(path, tensors)
     # safetensors does not accept shared memory.
     plain = {key: one.detach().cpu().clone(memory_format=torch.contiguous_format) for key, one in tensors.items()}
     return save(plain, {**metadata, "format": "pt"})
@@ -104,11 +103,20 @@ def read(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, copied to CPU memory."""
     try:
         # From bytes. Otherwise the tensors would keep the file mapped and change with it.
-        return load(path.read_bytes())
+        tensors = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: truncated, damaged, or not a safetensors file ({error}). Save or download it again."
         ) from error
+    _check_finite(path, tensors)
+    return tensors
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # not implemented for 8-bit floats
+        if not bool(wide.isfinite().all()):
+            raise CheckpointError(f"{path}: {key!r} is not finite. Use a state from before the training diverged.")
 
 
 def reflection_key(path: str) -> str:

@@ -141,7 +141,7 @@ def test_an_adapter_that_diverged_is_not_saved(tmp_path: Path) -> None:
         model[0].hra_u["default"][1, 0] = float("inf")
     before = picture(folder)
     with pytest.raises(
-        CheckpointError, match=rf"adapter_model\.safetensors: '{PREFIX}0\.hra_u' is not finite\. Save a state from"
+        CheckpointError, match=rf"adapter_model\.safetensors: '{PREFIX}0\.hra_u' is not finite\. Use a state from"
     ):
         hra_fx.save_adapter(model, folder)
     assert picture(folder) == before
@@ -234,6 +234,11 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "a pointer of git-lfs": (CHAIN, written(lambda _: b"version https://git-lfs.github.com/spec/v1"), NO_FORMAT),
     # the vectors
     "width": (CHAIN, put(LAST, torch.ones(6, 4)), shape(LAST, (6, 4), (8, 4))),
+    "nan": (
+        CHAIN,
+        with_weights(lambda tensors: tensors[LAST][1, :2].fill_(float("nan"))),
+        f"'{LAST}' is not finite",
+    ),
     "zeros": (
         CHAIN,
         with_weights(lambda tensors: tensors[LAST][:, 1].zero_()),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integrations.transformers_use import tied
+from checkpoints import llama
 from model.many import refuses
 from oracles import relative_error
 from peft_sides import by_peft, by_us, opened_by_peft, randomise, same_line, saved_by_peft
@@ -17,6 +17,10 @@ from torch import Tensor
 import hra_fx
 
 HEAD: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+
+
+def tied() -> Any:
+    return llama(tie_word_embeddings=True).double().eval()
 
 
 def logits(model: Any) -> Tensor:
@@ -50,30 +54,30 @@ def test_embeddings_in_a_file_of_peft_are_named_and_not_loaded_and_ours_have_non
 
 
 def test_a_head_tied_to_the_embedding_counts_once() -> None:
-    base = tied.case("llama").model
+    base = tied()
     same_line(by_peft(base, r=2, target_modules=["q_proj"]), by_us(base, r=2, target_modules=["q_proj"]))
 
 
 def test_two_trained_copies_of_tied_embeddings_stay_two(tmp_path: Path) -> None:
     fields = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
-    theirs = by_peft(tied.case("llama").model, **fields, task_type="CAUSAL_LM", init_weights=False).eval()
+    theirs = by_peft(tied(), **fields, task_type="CAUSAL_LM", init_weights=False).eval()
     randomise(theirs)
-    wanted = tied.logits(theirs)
+    wanted = logits(theirs)
     saved_by_peft(theirs, tmp_path / "theirs")
-    ours = hra_fx.load_adapter(tied.case("llama").model, tmp_path / "theirs")
+    ours = hra_fx.load_adapter(tied(), tmp_path / "theirs")
     for model in (ours, hra_fx.from_peft(theirs)):
         assert model.lm_head.weight is not model.model.embed_tokens.weight
         model.tie_weights()
-        assert relative_error(tied.logits(model), wanted) < 1e-6  # PEFT computes in float32
+        assert relative_error(logits(model), wanted) < 1e-6  # PEFT computes in float32
     hra_fx.save_adapter(ours, tmp_path / "ours")
-    again = hra_fx.load_adapter(tied.case("llama").model, tmp_path / "ours")
+    again = hra_fx.load_adapter(tied(), tmp_path / "ours")
     with pytest.warns(hra_fx.HRAWarning, match="^a trained copy of a tied weight"):
         hra_fx.fold(again)
-    assert relative_error(tied.logits(again), wanted) < 1e-6
+    assert relative_error(logits(again), wanted) < 1e-6
     hra_fx.delete_adapter(ours, "default")
     assert ours.config.tie_word_embeddings
 
-    model = hra_fx.transform(tied.case("llama").model, hra_fx.HRAConfig(**fields, init_weights=False))
+    model = hra_fx.transform(tied(), hra_fx.HRAConfig(**fields, init_weights=False))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with refuses(model, "or tied weights than in the file"):
         hra_fx.load_adapter(model, tmp_path / "theirs", "default")
