@@ -96,21 +96,3 @@ def low_rank_delta(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = N
     B = (G @ left[:, :kept]) * root
     lost = float(sigma[kept:numerical].norm() / sigma.norm()) if numerical else 0.0
     return LowRankDelta(A.contiguous(), B.contiguous(), lost)
-
-
-def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
-    """The rounding error `|B' A' - B A|_F / |B A|_F` of the factors in `dtype`; 0 for rank 0.
-
-    `A: (..., n, d)` and `B: (..., out, n)` are float64.
-    """
-    rounded_A, rounded_B = A.to(dtype).to(A.dtype), B.to(dtype).to(B.dtype)
-    # B' A' - B A = [B' - B, B] [A'; A' - A]. Its norm can be computed from two small triangles.
-    error = _norm_of_product(torch.cat([rounded_B - B, B], dim=-1), torch.cat([rounded_A, rounded_A - A], dim=-2))
-    size = _norm_of_product(B, A)
-    return error / size if size else 0.0
-
-
-def _norm_of_product(B: Tensor, A: Tensor) -> float:
-    """`|B A|_F`, without computing the product."""
-    left, right = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
-    return float(torch.linalg.vector_norm(left @ right.mT))

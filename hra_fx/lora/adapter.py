@@ -4,14 +4,14 @@ Source of the format: PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`. A
 servers read one rank and one alpha for the whole adapter. Layers with a smaller rank are padded with zeros.
 
 For transformers models, PEFT converts the names in a LoRA like the names in a checkpoint. Source: PEFT 0.21,
-`peft.utils.transformers_weight_conversion` and `_check_lora_target_modules_mamba`.
+`peft.utils.transformers_weight_conversion`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +31,6 @@ _OF_EXPERTS: Mapping[Any, Collection[str]] = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("gate", "w1", "w2", "w3"),
 }
-#: Models in which PEFT does not adapt layers with these names.
-_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_NOT_IN_MAMBA = ("out_proj", "conv1d")
 
 
 @dataclass(frozen=True)
@@ -75,22 +72,19 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter as LoRA, independent of the file format. Fields with names of PEFT's are those of `LoraConfig`.
+    """An adapter as LoRA, independent of the file format.
 
     `copies` are trained tensors (modules and biases), by their keys in PEFT's file without its prefix.
     `modules` are the paths of all modules of the model, of which `target_modules` must match only the adapted ones.
+    `fields` are those of `peft.LoraConfig` that do not depend on the layers.
     `model_config` is the content of the model's `config.json`; empty if it has none.
     """
 
     layers: tuple[LoraLayer, ...]
-    copies: Mapping[str, Tensor] = field(default_factory=dict)
-    modules: Collection[str] = ()
-    bias: str = "none"
-    modules_to_save: tuple[str, ...] = ()
-    task_type: str | None = None
-    auto_mapping: Mapping[str, Any] | None = None
-    base_model: str | None = None
-    model_config: Mapping[str, Any] = field(default_factory=dict)
+    copies: Mapping[str, Tensor]
+    modules: Collection[str]
+    fields: Mapping[str, Any]
+    model_config: Mapping[str, Any]
 
     @property
     def rank(self) -> int:
@@ -121,9 +115,8 @@ def peft_form(adapter: LoraAdapter, dtype: torch.dtype) -> tuple[dict[str, Any],
 
     The factors get the dtype; trained copies keep theirs.
     """
-    layers = {layer.path: layer for layer in adapter.layers}
     factors: dict[str, Tensor] = {}
-    for path, layer in layers.items():
+    for path, layer in ((layer.path, layer) for layer in adapter.layers):
         # Cast immediately, so that only one layer has a second copy in float64.
         A, B = (factor.to(dtype).contiguous() for factor in layer.padded(adapter.rank))
         if layer.kind == "experts":
@@ -132,13 +125,7 @@ def peft_form(adapter: LoraAdapter, dtype: torch.dtype) -> tuple[dict[str, Any],
         # A convolution with as many filters as the rank.
         factors[f"{path}.lora_A.weight"] = A.reshape(len(A), -1, *layer.kernel) if layer.kernel else A
         factors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
-        if layer.kind == "attention":
-            # PEFT adapts the output projection together with `in_proj_weight`.
-            key, (rank, width) = f"{path}.base_layer.out_proj", A.shape
-            factors[f"{key}.lora_A.weight"] = torch.zeros(rank, width, dtype=dtype)
-            factors[f"{key}.lora_B.weight"] = torch.zeros(width, rank, dtype=dtype)
-    copies = {_peft_key(key, layers): tensor for key, tensor in adapter.copies.items()}
-    return _config(adapter), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
+    return _config(adapter), {f"{PREFIX}{key}": tensor for key, tensor in (factors | dict(adapter.copies)).items()}
 
 
 def _config(adapter: LoraAdapter) -> dict[str, Any]:
@@ -146,10 +133,8 @@ def _config(adapter: LoraAdapter) -> dict[str, Any]:
     parameters = parameter_targets(adapter)
     targets = [layer.path for layer in adapter.layers if layer.path not in parameters]
     return {
+        **adapter.fields,
         "peft_type": "LORA",
-        "task_type": adapter.task_type,
-        "auto_mapping": adapter.auto_mapping,
-        "base_model_name_or_path": adapter.base_model,
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": adapter.rank,
@@ -157,18 +142,9 @@ def _config(adapter: LoraAdapter) -> dict[str, Any]:
         "target_modules": exact_targets(targets, adapter.modules),
         "target_parameters": list(parameters.values()) or None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers),
-        "bias": adapter.bias,
-        "modules_to_save": list(adapter.modules_to_save) or None,
         "use_rslora": False,
         "use_dora": False,
     }
-
-
-def _peft_key(key: str, layers: Mapping[str, LoraLayer]) -> str:
-    """The key of a trained copy. PEFT also wraps the output projection of adapted attention."""
-    parent, _, name = key.removesuffix(".bias").rpartition(".")
-    inside = name == "out_proj" and parent in layers and layers[parent].kind == "attention"
-    return f"{parent}.base_layer.out_proj.base_layer.bias" if inside else key
 
 
 def _experts_tensors(layer: LoraLayer, layers: Iterable[LoraLayer], A: Tensor, B: Tensor) -> dict[str, Tensor]:
@@ -203,12 +179,10 @@ def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
 
 
 def check_names(model: Any, paths: Iterable[str]) -> None:
-    """Check that PEFT adapts these layers of the whole model, and finds them by their names in the file."""
+    """Check that PEFT finds these layers of the whole model by their names in the file."""
     kind: str | None = getattr(getattr(model, "config", None), "model_type", None)
     renamed = _renamed(model, kind)
     for path in paths:
-        if kind in _MAMBA and path.rpartition(".")[2] in _NOT_IN_MAMBA:
-            raise unsupported(path, "this layer", "has a name that PEFT's LoRA does not support in Mamba models")
         if not f"{PREFIX}{path}".endswith(name := renamed(path)):  # PEFT restores a prefix that is removed
             reason = f"would not be found by PEFT, which renames it to {name}, as transformers does in checkpoints"
             raise unsupported(path, "this layer", reason)

@@ -6,6 +6,7 @@ The name of the part is a prefix of PEFT's keys, and of the fields of the part's
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import PREFIX, write_weights
 from hra_fx.compat import loaded_class
-from hra_fx.errors import AdapterError, CheckpointError, HRAError
+from hra_fx.errors import AdapterError, CheckpointError
 from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.model.state import collect_parts, root_of, unwrap
@@ -30,13 +31,15 @@ _TEXT_ENCODER_NAMES = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lor
 _ON_REQUEST = ("transformer_2",)
 
 
-def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch.dtype) -> None:
-    """Write the file atomically. The folder is created if needed.
+def write_diffusers(parts: Mapping[str, LoraAdapter], path: Path, dtype: torch.dtype) -> None:
+    """Write the file atomically, into a folder or with the name `path`. The folder is created if needed.
 
-    Each part of a pipeline has one rank; smaller layers are padded with zeros.
+    Each part of a pipeline has one rank; smaller layers are padded with zeros. A single file of a UNet has the names of
+    kohya's scripts, which ComfyUI and others read.
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
+    is_kohya = path.suffix == ".safetensors" and "unet" in parts
     for part, adapter in parts.items():
         if adapter.copies:
             names = some_of([f"{part}.{key}" for key in adapter.copies], 3)
@@ -45,14 +48,21 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch
                 "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
             )
         config, factors = peft_form(adapter, dtype)
-        renamed = _TEXT_ENCODER_NAMES if part.startswith("text_encoder") else {}
+        renamed = _TEXT_ENCODER_NAMES if part.startswith("text_encoder") and not is_kohya else {}
         for name, factor in factors.items():
             key = name.removeprefix(PREFIX)
             for ours, theirs in renamed.items():
                 key = key.replace(ours, theirs)
+            if is_kohya and key.startswith("encoder."):  # of CLIP in newer releases of transformers
+                key = f"text_model.{key}"
             tensors[f"{part}.{key}"] = factor
         configs |= {f"{part}.{name}": value for name, value in config.items()}
-    write_weights(folder / LORA_NAME, tensors, lora_adapter_metadata=json.dumps(configs, indent=2, sort_keys=True))
+    if is_kohya:
+        convert: Any = importlib.import_module("diffusers.utils.state_dict_utils").convert_state_dict_to_kohya
+        write_weights(path, convert(tensors))
+        return
+    file = path if path.suffix == ".safetensors" else path / LORA_NAME
+    write_weights(file, tensors, lora_adapter_metadata=json.dumps(configs, indent=2, sort_keys=True))
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
@@ -95,20 +105,12 @@ def adapters_of(
 ) -> dict[str, LoraAdapter]:
     """The adapter of each part. A part without any of the named adapters is left out.
 
-    `None` uses the active ones of each part. Errors name the part.
+    `None` uses the active ones of each part.
     """
-    if isinstance(adapter_names, str):
-        adapter_names = [adapter_names]
-    names = None if adapter_names is None else list(adapter_names)
-    present = {part: root_of(model)[1].configs for part, model in parts.items()}
-    if names is not None and not (names and {name for own in present.values() for name in own}.issuperset(names)):
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names and list(adapter_names)
+    present = {part: root_of(model)[1].configs.keys() for part, model in parts.items()}
+    if names is not None and not (names and set().union(*present.values()).issuperset(names)):
         there = "; ".join(f"{part}: {', '.join(map(repr, configs))}" for part, configs in present.items())
         raise AdapterError(f"`adapter_names` must name adapters of the parts, got {names}. There are {there}.")
-    found: dict[str, LoraAdapter] = {}
-    for part, model in parts.items():
-        own = None if names is None else [name for name in names if name in present[part]]
-        try:
-            found |= {} if own == [] else {part: lora_adapter(model, own, rank)}
-        except HRAError as error:
-            raise type(error)(f"{part}: {error}") from error
-    return found
+    own = {part: names and [name for name in names if name in present[part]] for part in parts}
+    return {part: lora_adapter(model, own[part], rank) for part, model in parts.items() if own[part] != []}

@@ -56,14 +56,17 @@ def lora_adapter(
     configs = [state.configs[name] for name in names]
     config: Any = getattr(whole, "config", None)
     return LoraAdapter(
-        bias=_BIASES[max((own.bias for own in configs), key=list(_BIASES).index)],
-        modules_to_save=tuple(dict.fromkeys(name for own in configs for name in own.modules_to_save or ())),
-        task_type=next((own.task_type for own in configs if own.task_type), None),
         layers=tuple(_lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in layers.items()),
         copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, layers).items()},
         modules=[path for path, _ in state_modules(whole) if path and ADAPTER_CHILDREN.isdisjoint(path.split("."))],
-        auto_mapping=auto_mapping(whole, configs[0]),
-        base_model=next(filter(None, (base_model_name(whole, own) for own in configs)), None),
+        fields={
+            "bias": _BIASES[max((own.bias for own in configs), key=list(_BIASES).index)],
+            "modules_to_save": list(dict.fromkeys(name for own in configs for name in own.modules_to_save or ()))
+            or None,
+            "task_type": next((own.task_type for own in configs if own.task_type), None),
+            "auto_mapping": auto_mapping(whole, configs[0]),
+            "base_model_name_or_path": base_model_name(whole, configs[0]),
+        },
         model_config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.folder import write
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
-from hra_fx.functional.low_rank import rounding_error
 from hra_fx.layers.sharding import on_first_rank
 from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.diffusers_format import adapters_of, parts_of, write_diffusers
@@ -25,8 +23,6 @@ from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Files of transformers, timm and diffusers models, and of pipelines.
-_OF_MODELS = ("config.json", "model_index.json")
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,11 @@ class LoraRow:
         path: the qualified name of the layer; in a diffusers pipeline, with its part.
         rank: the rank of the weight change, before padding; 0 if the adapter does not change the layer.
         error: `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was requested.
-        rounding: the error of rounding the factors to `dtype`, also relative to the weight change.
     """
 
     path: str
     rank: int
     error: float
-    rounding: float
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,8 @@ class LoraResult:
         rows: one row for each layer.
 
     Example:
-        >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))
+        >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0),)))
         out: 1 layer as LoRA of rank 8 (peft, float32)
-          rounding error up to 5.0e-08 of the weight change (q_proj)
     """
 
     path: Path
@@ -73,9 +66,6 @@ class LoraResult:
         """A summary in a few lines."""
         count = f"{len(self.rows)} layer{'s' * (len(self.rows) != 1)}"
         lines = [f"{self.path}: {count} as LoRA of rank {self.rank} ({self.format}, {self.dtype})"]
-        rough = max(self.rows, key=lambda row: row.rounding)
-        if rough.rounding:
-            lines.append(f"  rounding error up to {rough.rounding:.1e} of the weight change ({rough.path})")
         cut = max(self.rows, key=lambda row: row.error)
         if cut.error:
             lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")
@@ -148,13 +138,14 @@ def save_as_lora(
         model_or_pipeline: a transformed model, which is saved as a folder in PEFT's format; or a diffusers pipeline
             with transformed parts, or a UNet or transformer of diffusers, which is saved as a folder for
             `pipe.load_lora_weights`. It is not changed.
-        path: the folder, created if needed; or a file that ends in ".gguf", for llama.cpp.
+        path: the folder, created if needed; or a file: ".gguf" for llama.cpp, ".safetensors" for ComfyUI and kohya's
+            scripts (diffusers loads it with `weight_name`).
         adapter_names: as in `convert_to_lora`. Parts of a pipeline without any of them are left out.
         rank: as in `convert_to_lora`.
         dtype: float32, float16 or bfloat16, as a torch dtype or its name; `None` for float32.
 
     Returns:
-        The rank of each layer, the error of a smaller rank and the rounding error of `dtype`.
+        The rank of each layer, and the error of a smaller rank.
 
     Raises:
         AdapterError, FoldError, UnsupportedLayerError: as in `convert_to_lora`; or the format does not support the
@@ -170,20 +161,21 @@ def save_as_lora(
         >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"], init_weights=False))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     result = save_as_lora(model, folder, dtype="bfloat16")
-        ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
-        (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
+        ...     sorted(os.listdir(folder)), result.rank
+        (['adapter_config.json', 'adapter_model.safetensors'], 2)
     """
     checked, path = _dtype(dtype), Path(path)
     file_format = "gguf" if path.suffix.lower() == ".gguf" else "peft"
-    if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
-        name = type(model_or_pipeline).__name__
-        raise AdapterError(f"GGUF files are for language models, got {name}. Pass a folder to save a pipeline.")
-    parts = parts_of(model_or_pipeline) if file_format == "peft" else {}
-    if parts:
+    if parts := parts_of(model_or_pipeline):
         file_format, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
         parts = {"": model_or_pipeline}
+    if path.suffix.lower() in (".gguf" if file_format == "diffusers" else ".safetensors",):
+        raise AdapterError(
+            f"{path}: GGUF files are for language models, and single safetensors files for models of diffusers, got "
+            f"{type(model_or_pipeline).__name__}. Pass a folder."
+        )
     tensors = [tensor for part in parts.values() for tensor in part.parameters()]
     result = on_first_rank(tensors, lambda: _write(adapters, path, file_format, checked))
     _warn_if_unchanged(adapters.values())
@@ -192,7 +184,9 @@ def save_as_lora(
 
 def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dtype: torch.dtype) -> LoraResult:
     """Write the adapter of each part of a pipeline, or under "" that of a single model; and return a summary."""
-    _check_output(path)
+    old = path / CONFIG_NAME
+    if old.is_file() and json.loads(old.read_text(encoding="utf-8")).get("peft_type") == "HRA":
+        raise CheckpointError(f"{path}: contains an HRA adapter, which the LoRA would overwrite. Use another folder.")
     if file_format == "diffusers":
         write_diffusers(adapters, path, dtype)
     elif file_format == "gguf":
@@ -201,28 +195,13 @@ def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dt
         config, tensors = peft_form(adapters[""], dtype)
         write(path, json.dumps(config, indent=2, sort_keys=True), tensors)
     rows = [
-        LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
+        LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error)
         for part, adapter in adapters.items()
         for layer in adapter.layers
     ]
     rank = max(adapter.rank for adapter in adapters.values())
     name = str(dtype).removeprefix("torch.")
     return LoraResult(path, file_format, rank, name, tuple(rows))
-
-
-def _check_output(path: Path) -> None:
-    """Check that the folder may be written."""
-    if model := next((name for name in _OF_MODELS if (path / name).exists()), None):
-        raise CheckpointError(
-            f"{path}: contains a model ({model}), and from_pretrained would load the adapter with it. Choose another "
-            "folder."
-        )
-    config_file = path / CONFIG_NAME
-    if config_file.is_file() and re.search(r'"peft_type":\s*"HRA"', config_file.read_text(encoding="utf-8")):
-        raise CheckpointError(
-            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
-            "folder."
-        )
 
 
 def _warn_if_unchanged(adapters: Iterable[LoraAdapter]) -> None:

@@ -9,26 +9,22 @@ Other reads, such as a read in one branch and a call in another, are only known 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from hra_fx.compat import state_modules
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.readers import methods_of_forward
 from hra_fx.layers.target import REFLECTION, describe, find_kind, weight_name
 
-OUTPUT_PROJECTION = "is the output projection of attention, whose change PEFT's LoRA (0.21) adds twice"
-_IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so PEFT's LoRA has no effect"
-OWN_FORWARD = "has its own forward, for which PEFT's LoRA would compute something else"
+_ATTENTION = "is an nn.MultiheadAttention or its output projection, whose change PEFT's LoRA (0.21) adds twice"
+_OWN_FORWARD = "has its own forward, for which PEFT's LoRA may compute something else"
 _READ = "has a weight that another module reads, so PEFT's LoRA has no effect"
 
 
@@ -56,39 +52,16 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
     adapters, reason = layer.hra_u, None
     if adapters.kind == "experts":
         return
-    own_forward = not adapters.reflects_input and adapters.kind != "attention"
-    if isinstance(parent, nn.MultiheadAttention):
-        reason = OUTPUT_PROJECTION
+    if adapters.kind == "attention" or isinstance(parent, nn.MultiheadAttention):
+        reason = _ATTENTION
     elif isinstance(parent, nn.TransformerEncoderLayer):
-        reason = _IN_ENCODER_LAYER
+        reason = _READ
+    elif not adapters.reflects_input:
+        reason = _OWN_FORWARD
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        reason = OWN_FORWARD if own_forward else _why_not_convolution(layer)
-    # A hook of accelerate would load the old weight.
-    elif own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):
-        reason = OWN_FORWARD
+        reason = _why_not_convolution(layer)
     if reason:
         raise unsupported(path, describe(layer), reason)
-
-
-@torch.no_grad()
-def _adds_change(layer: AdaptedLayer) -> bool:
-    """Whether a change of a linear layer's weight adds the product with the difference, as PEFT's LoRA assumes.
-
-    The layer's own forward may first scale the weight. This is tested with one random input, in float32.
-    """
-    probe = copy.deepcopy(layer).float().eval()
-    weight, generator = probe.hra_base, torch.Generator().manual_seed(0)
-    change = torch.randn(weight.shape, generator=generator).to(weight)
-    x = torch.randn(1, probe.hra_u.width, generator=generator).to(weight)
-    try:
-        probe.hra_u.set_active(())
-        before = probe(x)
-        probe._parameters[probe.hra_u.weight_name] = nn.Parameter(weight + change)
-        actual = probe(x) - before
-        expected = x @ (change if probe.hra_u.fan_in_fan_out else change.mT)
-    except Exception:  # the user's forward may raise any error
-        return False
-    return actual.shape == expected.shape and bool((actual - expected).norm() <= 1e-4 * expected.norm())
 
 
 def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -106,7 +79,7 @@ def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def check_reads(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that no other module of the whole model reads the weight of a linear layer, convolution or attention."""
+    """Check that no other module of the whole model reads the weight of a layer."""
     owners = dict(state_modules(model, remove_duplicate=False))
     for path, layer in layers.items():
         seen = getattr(layer._modules.get(REFLECTION), "is_read", False)

@@ -36,19 +36,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("llama", {"head_dim": 32, "sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
-    "gemma": ("gemma", {"head_dim": 32}),
-    "gemma2": ("gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
     "gemma3_text": ("gemma3", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}),
-    "phi": ("phi2", {"num_key_value_heads": 4, "intermediate_size": 256}),
     "phi3": ("phi3", {"sliding_window": None}),
     "smollm3": ("smollm3", {}),
     "granite": ("granite", {}),
-    "olmo2": ("olmo2", {}),
-    "starcoder2": ("starcoder2", {"sliding_window": None}),
-    "gpt2": (
-        "gpt2",
-        {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256, "n_inner": 96, "num_key_value_heads": 4},
-    ),
 }
 #: llama.cpp rotates neighboring rows of these.
 PAIRED = ("llama", "mistral", "smollm3", "granite")
@@ -69,7 +60,7 @@ def tiny(model_type: str, **fields: Any) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ in ("GELUTanh", "NewGELUActivation"):
+            if type(child).__name__ == "GELUTanh":
                 setattr(module, name, TabulatedGELU())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,30 +96,21 @@ def _sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(getattr(config, "n_inner", None) or config.intermediate_size)
+    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_vocab_size(config.vocab_size)
-    rotary = getattr(config, "rope_parameters", None) or {}
-    rotary = rotary.get("full_attention", rotary)
-    if rotary:
-        writer.add_rope_freq_base(rotary["rope_theta"])
-        writer.add_rope_dimension_count(int(size * rotary.get("partial_rotary_factor", 1)))
-    if hasattr(config, "rms_norm_eps"):
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
-        if hasattr(config, name):
-            writer.add_layer_norm_eps(getattr(config, name))
+    rotary = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rotary["rope_theta"])
+    writer.add_rope_dimension_count(size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if config.model_type == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
-    if config.model_type in ("gemma2", "gemma3_text", "phi3"):
+    if config.model_type in ("gemma3_text", "phi3"):
         writer.add_sliding_window(config.sliding_window or 0)
-    if config.model_type == "gemma2":
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if config.model_type == "granite":
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -165,8 +147,6 @@ def _stored(key: str, tensor: Tensor, config: Any) -> Tensor:
             for half in (0, 1)
         ]
         return tensor[order]
-    if config.model_type == "gpt2" and ".c_" in key and tensor.ndim == 2:
-        return tensor.T
     return tensor
 
 

@@ -22,7 +22,6 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "Conv2d": lambda: nn.Conv2d(3, 6, (2, 3), stride=(2, 1), padding=(0, 2)),
     "Conv2d, same": lambda: nn.Conv2d(3, 6, 3, padding="same"),
     "Conv3d": lambda: nn.Conv3d(2, 5, (1, 2, 3)),
-    "attention": lambda: nn.MultiheadAttention(12, 3),
 }
 
 

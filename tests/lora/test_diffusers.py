@@ -85,6 +85,21 @@ def test_another_pipeline_draws_the_same(make: Callable[[], Any], targets: Mappi
     assert {row.path.split(".")[0] for row in result.rows} == set(targets)
 
 
+def test_a_single_file_has_the_names_of_kohya(tmp_path: Path) -> None:
+    """For ComfyUI and others. diffusers converts them back."""
+    pipe, fresh = adapted(), stable_diffusion()
+    base, wanted = image(fresh), image(pipe)
+    hra_fx.save_as_lora(pipe, tmp_path / "style.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["style.safetensors"]
+    with safe_open(tmp_path / "style.safetensors", "pt") as file:
+        names = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
+    assert {"lora_unet_conv_in", "lora_te1_text_model_encoder_layers_0_mlp_fc1"} < names
+    fresh.load_lora_weights(tmp_path, weight_name="style.safetensors")
+    assert change_error(image(fresh), wanted, base) < 1e-5
+    with pytest.raises(AdapterError, match=r"style\.safetensors: .* single safetensors files for models of diffusers"):
+        hra_fx.save_as_lora(pipe.text_encoder, tmp_path / "style.safetensors")
+
+
 def test_one_of_two_adapters_that_only_some_parts_have(tmp_path: Path) -> None:
     pipe, fresh = stable_diffusion(), stable_diffusion()
     base = image(fresh)
@@ -161,12 +176,6 @@ def circular() -> Any:
     return pipe
 
 
-def disabled() -> Any:
-    pipe = adapted(targets={"unet": ["to_q"], "text_encoder": ["k_proj"]})
-    hra_fx.disable_adapters(pipe.unet)
-    return pipe
-
-
 #: What is saved, the error and a part of its message.
 REFUSED: list[tuple[Callable[[], Any], type[HRAError], str]] = [
     (
@@ -183,8 +192,7 @@ REFUSED: list[tuple[Callable[[], Any], type[HRAError], str]] = [
         "final_layer_norm.bias: diffusers does not load trained modules or biases with a LoRA",
     ),
     (of_the_second_transformer, AdapterError, "transformer_2: load_lora_weights of diffusers loads only into transf"),
-    (circular, UnsupportedLayerError, "unet: conv_in: "),
-    (disabled, AdapterError, "unet: adapters are disabled."),
+    (circular, UnsupportedLayerError, "conv_in: "),
 ]
 
 
