@@ -19,7 +19,7 @@ from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_layer
 from hra_fx.model.remove import remove_adapters
-from hra_fx.model.setup import checked, put_adapter
+from hra_fx.model.setup import put_adapter, valid_config
 from hra_fx.model.state import adapted_layers, collect_parts, get_state
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.select import select, without_unmatched
@@ -63,7 +63,7 @@ def from_peft(model: nn.Module) -> Any:
         path: part for path, part in root.named_modules() if {"original_module", "modules_to_save"} <= {*part._modules}
     }
     theirs = root.peft_config  # PEFT's wrappers share this dictionary
-    configs = {name: checked(root, config) for name, config in theirs.items()}
+    configs = {name: valid_config(config) for name, config in theirs.items()}
     first = next(iter(layers.values()))
     active, disabled = [name for name in first.active_adapters if name in configs], first.disable_adapters
     trained = {name: any(one.hra_u[name].requires_grad for one in _with(layers, name).values()) for name in configs}

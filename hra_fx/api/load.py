@@ -20,7 +20,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import copies_of
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
-from hra_fx.model.setup import checked, put_adapter
+from hra_fx.model.setup import put_adapter, valid_config
 from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
 from hra_fx.model.whole import check_whole
@@ -88,7 +88,7 @@ def load_adapter(
         folder = find(directory, subfolder, **{name: value for name, value in hub.items() if name not in _ALWAYS})
         is_new = state is None or adapter_name not in state.configs
         fitted = fit(folder, root, config, is_new=is_new, is_trainable=is_trainable)
-        config = checked(root, fitted.config)
+        config = valid_config(fitted.config)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             """Cast as PEFT does (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""

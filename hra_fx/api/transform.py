@@ -12,8 +12,8 @@ from hra_fx.export.program import refuse_operators
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.model.inject import random_init
-from hra_fx.model.setup import checked, put_adapter
-from hra_fx.model.state import adapted_layers, get_state
+from hra_fx.model.setup import put_adapter, valid_config
+from hra_fx.model.state import adapted_layers, check_is_module, get_state
 from hra_fx.passes import adapt
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.select import with_head
@@ -86,7 +86,8 @@ def transform(
     """
     refuse_operators(model)
     module: Any = model
-    config = with_head(module, checked(module, config))
+    check_is_module(module)
+    config = with_head(module, valid_config(config))
     if dynamic_shapes is not None and (not trace or isinstance(module, fx.GraphModule)):
         raise AdapterError("`dynamic_shapes` needs trace=True and a model that is not a GraphModule.")
 

@@ -85,7 +85,7 @@ def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:
     if not isinstance(components, Mapping):
         raise AdapterError(f"`model_or_pipeline` must be a torch.nn.Module or a diffusers pipeline, got {class_name}.")
     modules = {name: unwrap(part) for name, part in components.items() if isinstance(part, nn.Module)}
-    adapted = {name: part for name, part in modules.items() if collect_parts(part).adapters}
+    adapted = {name: part for name, part in modules.items() if collect_parts(part).layers}
     if not adapted:
         names = ", ".join(modules) or "no modules"
         raise AdapterError(f"{class_name}: no part of it has adapters ({names}). Call hra_fx.transform on one first.")

@@ -16,7 +16,7 @@ from hra_fx.layers.class_swap import mixins_of, original_class, set_class
 from hra_fx.layers.classes import make_plain
 from hra_fx.layers.target import SAVED
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.graph_module import rewrite
+from hra_fx.model.graphs import rewrite
 from hra_fx.model.state import (
     AdapterState,
     adapted_layers,

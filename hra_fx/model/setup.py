@@ -6,21 +6,19 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import loaded_class
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.model.graph_module import rewrite
+from hra_fx.model.graphs import rewrite
 from hra_fx.model.inject import AdapterFactory, inject_adapter, random_init
 from hra_fx.model.remove import removed_on_error
 from hra_fx.model.root import AdaptedModel, swap_root
 from hra_fx.model.state import (
     AdapterState,
     attach_state,
-    check_is_module,
     check_unmerged,
     collect_parts,
     get_state,
@@ -48,7 +46,7 @@ def put_adapter(
     Args:
         model: a transformed model; or a plain model, in which the new adapter is active.
         name: name of the adapter.
-        config: a configuration from `checked`.
+        config: a configuration from `valid_config`.
         fill: adds the vectors to a layer.
         copies: (path of a module, name of its tensor) -> value of a trained copy that differs from the base model.
         root_class: what is mixed into the class of a plain model.
@@ -81,22 +79,13 @@ def put_adapter(
             sync_layers(parts, state)
 
 
-def checked(model: Any, config: HRAConfig) -> HRAConfig:
-    """Validate the arguments of `transform` and `add_adapter`, and return a validated copy of the configuration."""
-    check_is_module(model)
-    return valid_config(config)
-
-
 def valid_config(config: HRAConfig) -> HRAConfig:
     """Return a validated copy of a configuration, which may also be a `peft.HRAConfig`."""
     if isinstance(config, loaded_class("peft", "HRAConfig")):
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
     if not isinstance(config, HRAConfig):
         class_name = f"{type(config).__module__}.{type(config).__qualname__}"
-        raise ConfigError(
-            f"`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {class_name}. Create one with "
-            "hra_fx.HRAConfig(r=..., target_modules=...), or read one with hra_fx.HRAConfig.from_pretrained(folder)."
-        )
+        raise ConfigError(f"`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {class_name}.")
     return copy.deepcopy(dataclasses.replace(config))
 
 
@@ -121,5 +110,5 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
         ['0.hra_u.default', '0.hra_u.other', '1.hra_u.other']
     """
     root, _ = root_of(model)
-    config = with_head(root, checked(root, config))
+    config = with_head(root, valid_config(config))
     put_adapter(root, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))

@@ -81,9 +81,7 @@ class AdaptedParts(NamedTuple):
 
     modules: list[nn.Module]
     roots: list[nn.Module]
-    layers: list[nn.Module]
-    #: The adapters of each layer: its child `hra_u`.
-    adapters: list[HouseholderAdapters]
+    layers: list[Any]
     #: (owner, copies) of every module with trained copies.
     copies: list[tuple[nn.Module, Copies]]
 
@@ -97,7 +95,7 @@ def check_is_module(model: object) -> None:
 def collect_parts(model: nn.Module) -> AdaptedParts:
     """Collect the adapted parts of a model."""
     check_is_module(model)
-    found = AdaptedParts([model], [], [], [], [])
+    found = AdaptedParts([model], [], [], [])
     seen = {model}
     for module in found.modules:  # the list grows during the loop
         namespace = vars(module)
@@ -110,7 +108,6 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
             found.modules.append(child)
             if isinstance(child, HouseholderAdapters):
                 found.layers.append(module)
-                found.adapters.append(child)
             elif isinstance(child, Copies):
                 found.copies.append((module, child))
     return found
@@ -123,7 +120,7 @@ def root_of(model: nn.Module, parts: AdaptedParts | None = None) -> tuple[nn.Mod
     """
     class_name = type(model).__name__
     found = collect_parts(model) if parts is None else parts
-    if not found.roots and found.adapters:
+    if not found.roots and found.layers:
         raise AdapterError(f"{class_name} is a submodule of a transformed model. Pass the model that was transformed.")
     if not found.roots:
         raise _no_adapters(model)

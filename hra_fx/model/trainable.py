@@ -49,10 +49,10 @@ def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
 
 def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
     """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
-    for adapters in parts.adapters:
-        for name in adapters.specs:
+    for layer in parts.layers:
+        for name in layer.hra_u.specs:
             if name in wanted:
-                adapters.set_trainable(name, wanted[name])
+                layer.hra_u.set_trainable(name, wanted[name])
     for owner, copies in parts.copies:
         for name in copies.copied:
             if name in wanted:
@@ -137,24 +137,24 @@ def checked_copies(model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.
     wanted = to_copy(model, config, layers)
     for path, (owner, names) in wanted.items():
         if reason := _why_not_copied(owner, names, layers.values()):
-            raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
+            hint = "Name other modules in modules_to_save, or set bias='none'."
+            raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}. {hint}")
     return wanted
 
 
 def _why_not_copied(owner: nn.Module, names: tuple[str, ...], layers: Iterable[nn.Module]) -> str | None:
-    hint = "Name other modules in modules_to_save, or set bias='none'"
     if offloading_hook(owner) is not None:
-        return f"accelerate offloads it, and would overwrite a trained copy with the base model's tensors. {hint}"
+        return "accelerate offloads it, and would overwrite a trained copy with the base model's tensors"
     if isinstance(owner, _CONTAINERS):
-        return f"it is a container with its own tensors ({', '.join(names)}), which cannot be copied. {hint}"
+        return f"it is a container with its own tensors ({', '.join(names)}), which cannot be copied"
     own = [owner] if get_adapters(owner) is not None else []
     reflected = [weight_place(layer) for layer in (*layers, *own, *adapted_parameters(owner))]
     if name := next((name for name in names if (owner, name) in reflected), None):
-        return f"an adapter reflects its {name}, so it cannot be saved in full too. {hint}"
+        return f"an adapter reflects its {name}, so it cannot be saved in full too"
     for name in names:
         tensor = owner._parameters.get(name)
         if tensor is not None and (is_lazy(tensor) or type(tensor) is not nn.Parameter):
-            return f"its {name} is a {type(tensor).__name__}, which cannot be copied for training. {hint}"
+            return f"its {name} is a {type(tensor).__name__}, which cannot be copied for training"
     return None
 
 
@@ -175,8 +175,8 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     state.layers = tuple(parts.layers)
     state.disabled = bool(state.disabled_calls or state.disabled_blocks)
     acting = () if state.disabled else state.active
-    for adapters in parts.adapters:
-        adapters.set_active(name for name in acting if name in adapters.specs and not state.merged)
+    for layer in parts.layers:
+        layer.hra_u.set_active(name for name in acting if name in layer.hra_u.specs and not state.merged)
     for owner, copies in parts.copies:
         copies.use(owner, copies.wanted(acting))
 

@@ -101,14 +101,7 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str) -> b
     if isinstance(targets, str) or wanted is None or wanted == []:
         return True
     index = layer_index(config, path)
-    found = index in wanted if isinstance(wanted, Collection) else index == wanted
-    # PEFT ignores the field for whole paths, unless the list has 20 entries.
-    if path in targets and not found and index is not None:
-        raise SelectionError(
-            f"{path}: `target_modules` has this whole path, and `layers_to_transform` leaves it out. Name layers by "
-            "the end of their paths in `target_modules`, or set one of the two fields only."
-        )
-    return found or path in targets
+    return path in targets or (index in wanted if isinstance(wanted, Collection) else index == wanted)
 
 
 def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> set[str] | str:

@@ -111,13 +111,6 @@ def test_an_impossible_or_taken_name_is_refused(name: Any) -> None:
             hra_fx.transform(plain, config("first"), name)
 
 
-@pytest.mark.parametrize("name", ["set", "promote_to_base"])
-def test_a_name_that_copies_use_is_refused(name: str) -> None:
-    plain = net()
-    with refuses(plain, re.escape(POSSIBLE.format(name))):
-        hra_fx.transform(plain, config("first", modules_to_save=["head"]), name)
-
-
 @pytest.mark.parametrize("name", ["style-2", "été", "a b", "0", "hra_u", "weight"])
 def test_a_possible_name_names_parameters_and_copies(name: str) -> None:
     model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]

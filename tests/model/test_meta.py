@@ -89,25 +89,6 @@ def test_a_model_adapted_on_meta_starts_bit_for_bit_as_one_with_weights(
     assert torch.equal(output(model.eval(), case), output(wanted.eval(), case))
 
 
-def several(model: nn.Module) -> nn.Module:
-    hra_fx.transform(model, config("0", "3", r=3))
-    hra_fx.add_adapter(model, "b", config("3", init_weights=False, bias="hra_only"))
-    hra_fx.add_adapter(model, "c", config("0", r=4, apply_GS=True, bias="all"))
-    return model
-
-
-@pytest.mark.parametrize("adapter", ["default", "b", "c"])
-def test_adapters_start_in_the_order_in_which_transform_draws_them(adapter: str) -> None:
-    base = mlp()
-    torch.manual_seed(SEED)
-    wanted, model = several(copy.deepcopy(base)), assigned(several(copy.deepcopy(base).to("meta")), base)
-    torch.manual_seed(SEED)
-    hra_fx.reset_adapters(model)
-    hra_fx.set_adapter(model, adapter)
-    hra_fx.set_adapter(wanted, adapter)
-    same(model, wanted)
-
-
 def test_a_trained_adapter_starts_again_in_the_same_parameters() -> None:
     model = mlp()
     torch.manual_seed(SEED)

@@ -59,22 +59,11 @@ def no_waiting() -> Iterator[None]:
     assert OPERATORS.isdisjoint(event.key for event in profiler.key_averages())
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layer(x, x, x, need_weights=False)[0]
-        return output
-
-
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(8, 6), (2, 3, 8)),
     "Conv1D": (lambda: Conv1D(6, 8), (2, 3, 8)),
     "Conv2d": (lambda: nn.Conv2d(4, 6, 3), (8, 4, 9, 9)),
     "Conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="reflect"), (2, 4, 9, 9)),
-    "MultiheadAttention": (Attention, (2, 3, 8)),
 }
 ADAPTERS: dict[str, list[dict[str, Any]]] = {
     "plain": [{"r": 4}],
@@ -96,8 +85,7 @@ def step(model: nn.Module, x: Tensor) -> None:
 )
 def test_a_step_and_a_switch(kind: str, adapters: str) -> None:
     make, shape = LAYERS[kind]
-    layer, x = make(), normal(1, *shape, dtype=torch.float32).requires_grad_()
-    model = layer if isinstance(layer, Attention) else nn.Sequential(OrderedDict(layer=layer))
+    model, x = nn.Sequential(OrderedDict(layer=make())), normal(1, *shape, dtype=torch.float32).requires_grad_()
     names = [f"a{index}" for index in range(len(ADAPTERS[adapters]))]
     for name, fields in zip(names, ADAPTERS[adapters], strict=True):
         fitted = hra_fx.HRAConfig(target_modules=["layer"], **fields)

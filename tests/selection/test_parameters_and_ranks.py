@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -90,12 +88,6 @@ def test_fields_that_do_not_fit_the_model_are_refused(fields: dict[str, Any], me
         hra_fx.transform(nn.Sequential(nn.Linear(2, 2)), experts_config())
 
 
-def test_target_parameters_are_stored() -> None:
-    assert "target_parameters" not in hra_fx.HRAConfig().to_dict()
-    config = hra_fx.HRAConfig(target_parameters=("b", "a"))
-    assert hra_fx.HRAConfig.from_dict(config.to_dict()) == config
-
-
 # ---- rank_pattern, which matches as in PEFT's LoRA ----
 
 
@@ -127,12 +119,3 @@ def test_layers_with_different_ranks_compute_and_fold(fields: dict[str, Any]) ->
     wanted = oracle(plain, model, ["a"], x)
     assert_close(model(x), wanted)
     assert_close(hra_fx.fold(model)(x), wanted)
-
-
-def test_the_order_is_kept_in_the_file_and_an_empty_pattern_is_not_written(tmp_path: Path) -> None:
-    ordered = ranked(rank_pattern={"v": 1, "a": 2, "0.v": 3})
-    ordered.save_pretrained(tmp_path)
-    assert list(hra_fx.HRAConfig.from_pretrained(tmp_path).rank_pattern) == ["v", "a", "0.v"]
-    assert "rank_pattern" not in json.loads(hra_fx.HRAConfig().to_json_string())
-    with pytest.warns(UserWarning, match=r"\['rank_pattern'\]"):
-        peft.HRAConfig.from_pretrained(str(tmp_path))
