@@ -165,6 +165,16 @@ def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
     assert [stat.S_IMODE((tmp_path / "adapter" / name).stat().st_mode) for name in BOTH] == [wanted, wanted]
 
 
+def test_files_that_killed_processes_left_are_removed_after_a_day(tmp_path: Path) -> None:
+    """Not newer ones, which another process may be writing, and not those of other files."""
+    names = [f".{BOTH[1]}.old.tmp", f".{BOTH[1]}.new.tmp", ".other.old.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0) if "old" in name else None)
+    adapter(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], *BOTH])
+
+
 def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("kept")
