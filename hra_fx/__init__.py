@@ -14,18 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hra_fx import errors
-from hra_fx.errors import (
-    AdapterError as AdapterError,
-    CheckpointError as CheckpointError,
-    ConfigError as ConfigError,
-    FoldError as FoldError,
-    GraphInvariantError as GraphInvariantError,
-    HRAError as HRAError,
-    HRAWarning as HRAWarning,
-    SelectionError as SelectionError,
-    UnsupportedLayerError as UnsupportedLayerError,
-    VisualizeError as VisualizeError,
-)
+from hra_fx.errors import *  # noqa: F403
 from hra_fx.removed import raise_if_removed
 from hra_fx.version import VERSION
 

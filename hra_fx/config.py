@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field, fields
@@ -16,7 +17,6 @@ from typing import Any
 from hra_fx.config_fields import check_field
 from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.hub import local_folder
-from hra_fx.patterns import matches_rank
 from hra_fx.removed import check_arguments
 
 CONFIG_NAME = "adapter_config.json"
@@ -117,8 +117,12 @@ class HRAConfig:
 
     def rank_of(self, path: str) -> int:
         """The rank of the layer at `path`: that of the first entry of `rank_pattern` that matches, else `r`."""
-        patterns = (pattern for pattern in self.rank_pattern if matches_rank(pattern, path))
-        return self.rank_pattern.get(next(patterns, ""), self.r)
+        # A 3-D parameter also matches by its own name.
+        paths = {path, re.sub(r"(^|\.)hra_([^.]+)$", r"\1\2", path)}
+        for pattern, rank in self.rank_pattern.items():
+            if any(re.match(rf"(.*\.)?({pattern})$", known) for known in paths):
+                return rank
+        return self.r
 
     def trains_pairs(self, path: str) -> bool:
         """Whether the layer at `path` trains pairs."""

@@ -25,7 +25,6 @@ ORDER = (
     "hra_fx.errors",
     "hra_fx.compat",
     "hra_fx.hub",
-    "hra_fx.patterns",
     "hra_fx.config_fields",
     "hra_fx.config",
     "hra_fx.example_inputs",

@@ -17,11 +17,6 @@ from hra_fx.cli.screen import ErrorHandlingGroup
 from hra_fx.cli.write import convert, fold
 from hra_fx.version import VERSION
 
-_HELP = "Inspect, fold and convert Householder reflection adapters (HRA)."
-_EXIT_CODES = (
-    "Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted."
-)
-
 #: Command -> an example.
 _COMMANDS: dict[Callable[..., None], str] = {
     inspect: "hra-fx inspect my-adapter",
@@ -35,8 +30,8 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="hra-fx",
     cls=ErrorHandlingGroup,
-    help=_HELP,
-    epilog=_EXIT_CODES,
+    help="Inspect, fold and convert Householder reflection adapters (HRA).",
+    epilog="Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted.",
     no_args_is_help=True,
     context_settings=_SETTINGS,
     # An unexpected error is a bug, and bug reports need the plain traceback.

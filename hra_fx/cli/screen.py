@@ -5,13 +5,12 @@ Only unexpected errors show a traceback.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias
 
 import typer
@@ -83,20 +82,13 @@ class ErrorHandlingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        try:
-            with _warnings_in_a_line():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=HRAWarning)
+            warnings.showwarning = lambda message, *_, **__: print_message("warning", str(message), "bold yellow")
+            try:
                 return super().invoke(ctx)
-        except (HRAError, OSError, re.error) as error:
-            if isinstance(error, BrokenPipeError):  # handled by the caller
+            except BrokenPipeError:  # handled by the caller
                 raise
-            print_message("error", str(error), "bold red")
-            raise typer.Exit(FAILED) from error
-
-
-@contextlib.contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Print warnings as one line."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=HRAWarning)
-        warnings.showwarning = lambda message, *_, **__: print_message("warning", str(message), "bold yellow")
-        yield
+            except (HRAError, OSError, re.error) as error:
+                print_message("error", str(error), "bold red")
+                raise typer.Exit(FAILED) from error

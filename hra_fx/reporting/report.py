@@ -124,19 +124,9 @@ def _rows(model: nn.Module) -> tuple[Row, ...]:
             d, r = reflection.width, reflection.specs[name].r
             with loaded(reflection):
                 chain = chain_of(layer, name)
-                rows.append(
-                    Row(
-                        path,
-                        describe(layer),
-                        name,
-                        active,
-                        d,
-                        r,
-                        math.prod(reflection.vectors_shape(r)),
-                        **measured_fields(chain, weight),
-                        held=reflection.shares.get(name),
-                        moved=moved(reflection.kept(name), chain),
-                        scale=reflection.scales.get(name, 1.0),
-                    )
-                )
+                measured: dict[str, Any] = measured_fields(chain, weight)
+                measured["moved"] = moved(reflection.kept(name), chain)
+            measured |= {"held": reflection.shares.get(name), "scale": reflection.scales.get(name, 1.0)}
+            parameters = math.prod(reflection.vectors_shape(r))
+            rows.append(Row(path, describe(layer), name, active, d, r, parameters, **measured))
     return tuple(rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ def counted(number: int, noun: str) -> str:
     ('1 layer', '2,000 layers')
     """
     return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def low_to_high(numbers: Collection[int]) -> str:
-    """Format the smallest and the largest number, or one number if all are equal.
-
-    >>> low_to_high([4, 2, 3]), low_to_high([3, 3])
-    ('2 to 4', '3')
-    """
-    return str(min(numbers)) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
 
 
 def shorten(text: str, letters: int) -> str:

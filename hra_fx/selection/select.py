@@ -21,7 +21,6 @@ from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
 from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
-from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import parameters_hint, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import available, format_names, some_of, suffixes
@@ -174,7 +173,7 @@ def _is_excluded(config: HRAConfig, path: str) -> bool:
     """Whether `path` is excluded, independent of the targets."""
     if config.exclude_modules and _matches(config.exclude_modules, path):
         return True
-    return any(re.match(saved_module_regex(name), path) for name in config.modules_to_save or ())
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
 
 
 def layer_index(config: HRAConfig, path: str) -> int | None:
@@ -182,7 +181,9 @@ def layer_index(config: HRAConfig, path: str) -> int | None:
     given = config.layers_pattern
     patterns: Iterable[str | None] = [None] if not given else [given] if isinstance(given, str) else given
     for pattern in patterns:
-        if match := re.match(layer_index_regex(pattern), path):
+        # Without a pattern, any name matches if there is a component before it, as in PEFT.
+        blocks = r".*?\.[^.]*" if pattern is None else rf"(?:^|.*?\.){pattern}"
+        if match := re.match(blocks + r"\.(?P<idx>\d+)\.", path):
             return None if match["idx"] is None else int(match["idx"])
     return None
 

@@ -111,8 +111,6 @@ def protect(
         1 protected layer, with up to 2 directions each
         they hold 100.0% of the inputs on average; least: 100.0% in 0
     """
-    if isinstance(samples, nn.Module):
-        raise AdapterError("`samples` is a model. Since 0.5, protect takes no optimizer: call protect(model, samples).")
     state, layers = _adapters(model, trained=True)
     earlier = _earlier(previous, layers)
     _check_directions(directions, layers, state, earlier)

@@ -94,11 +94,10 @@ def _without_padding(batch: dict[str, Any], decodes: bool) -> Iterator[dict[str,
     count = len(next(iter(masks.values())))
     for name, value in batch.items():
         tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()]
-        if (wrong := next((leaf for leaf in tensors if leaf is not value or len(leaf) != count), None)) is not None:
+        if any(leaf is not value or len(leaf) != count for leaf in tensors):
             raise AdapterError(
-                f"{name}: the batch has padding (`attention_mask`), and the first dimension of this tensor is not the "
-                f"number of rows: got shape {tuple(wrong.shape)} for {count} rows. Pass one sample per batch, without "
-                "padding."
+                f"{name}: the batch has padding (`attention_mask`), and this is not a tensor with {count} rows. Pass "
+                "one sample per batch, without padding."
             )
     for row in range(count):
         if all(bool(mask[row].any()) for mask in masks.values()):

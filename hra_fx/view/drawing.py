@@ -23,7 +23,7 @@ from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.columns import MEASURES, is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.row import Row, largest
-from hra_fx.reporting.words import counted, low_to_high
+from hra_fx.reporting.words import counted
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.theme import HEAT
 
@@ -99,7 +99,8 @@ def _facts(parameters: int, found: Report) -> str:
         return f"{parameters:,} parameters · no adapters"
     adapter = sum(row.parameters for row in found.rows)
     layers, ranks = counted(len({row.path for row in found.rows}), "adapted layer"), [row.r for row in found.rows]
-    words = f"{layers} · r = {low_to_high(ranks)} · {adapter:,} adapter parameters"
+    some = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+    words = f"{layers} · r = {some} · {adapter:,} adapter parameters"
     words += f" ({adapter / max(parameters, 1):.2%} of {parameters:,})"
     return words + " · not trained yet (identity)" * is_identity(found.rows)
 

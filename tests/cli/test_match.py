@@ -124,7 +124,6 @@ def test_usage_errors(shelf: Shelf, words: str, message: str) -> None:
     [
         ("{", ": cannot build the model (JSONDecodeError: "),
         ("{}", "has none of the keys model_type, _class_name."),
-        ('{"model_type": "from-tomorrow"}', ": cannot build the model ("),
         ('{"_class_name": "Nothing"}', "the installed diffusers has no model 'Nothing'."),
         ('{"architecture": "resnet18"}', "For any other model: Load the model yourself, then call hra_fx.load_adapter"),
         (
@@ -138,3 +137,7 @@ def test_invalid_model_configurations(tmp_path: Path, text: str, said: str) -> N
     (tmp_path / "evil.py").write_text("raise SystemExit(77)")
     (tmp_path / "config.json").write_text(text)
     assert said in mistake("match", tmp_path)
+
+
+def test_an_invalid_regular_expression_is_an_error_in_one_line(shelf: Shelf) -> None:
+    assert mistake("match", shelf / "my-model", "--regex", "(").startswith("missing ), unterminated subpattern")

@@ -9,48 +9,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 from cli.conftest import Shelf
 from cli.shell import Answer, answer
-from typer.testing import CliRunner
 
 import hra_fx
-from hra_fx.cli.screen import ErrorHandlingGroup
-from hra_fx.errors import CheckpointError, HRAWarning
 
 COMMANDS = ["inspect", "match", "fold", "convert"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
-
-
-def group(raised: BaseException) -> typer.Typer:
-    """An application with a command that raises an error."""
-    app = typer.Typer(cls=ErrorHandlingGroup, pretty_exceptions_enable=False)
-
-    @app.callback()
-    def before() -> None:
-        """Nothing."""
-
-    @app.command()
-    def fail() -> None:
-        warnings.warn("careful", HRAWarning, stacklevel=1)
-        raise raised
-
-    return app
-
-
-def test_an_error_is_one_line_but_a_bug_shows_a_traceback() -> None:
-    app = group(CheckpointError("x: is not empty."))
-    done = CliRunner().invoke(app, ["fail"])
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == "warning: careful\nerror: x: is not empty.\n"
-    done = CliRunner().invoke(group(PermissionError(13, "Permission denied", "a/file")), ["fail"])
-    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, "error: [Errno 13] Permission denied: 'a/file'")
-    assert isinstance(CliRunner().invoke(group(KeyError("defect")), ["fail"]).exception, KeyError)
 
 
 def test_there_is_one_version() -> None:

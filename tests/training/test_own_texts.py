@@ -39,7 +39,6 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "transform": lambda base: hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS)),
     "modules_to_save": saved,
     "HRAModel": lambda base: hra_fx.get_peft_model(base, hra_fx.HRAConfig(**FIELDS, task_type="CAUSAL_LM")),
-    "from_peft": lambda base: hra_fx.from_peft(peft.get_peft_model(base, peft.HRAConfig(**FIELDS))),
     "DataParallel": lambda base: nn.DataParallel(hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS))),
     "LoRA": of_peft(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")),
     "prompt": of_peft(peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from moe_models import built
@@ -233,17 +232,6 @@ def test_the_directions_are_those_with_the_most_of_the_inputs_and_the_report_sho
     assert all(row.held is None and row.moved is not None and row.moved < 1e-5 for row in hra_fx.report(other))
 
 
-def test_models_of_peft_are_protected_after_from_peft() -> None:
-    base = llama().to(F64).eval()
-    model = peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    with pytest.raises(AdapterError, match=r"was adapted by PEFT .* Call hra_fx\.from_peft\(model\)"):
-        hra_fx.protect(model, [words(KEPT)], DIRECTIONS)
-    model = hra_fx.from_peft(model)
-    found = hra_fx.protect(model, [words(KEPT)], DIRECTIONS)
-    check_kept(trained(model, words(OTHER)), base, words(KEPT), words(OTHER))
-    assert {row.path: row.held for row in hra_fx.report(model)} == found.shares
-
-
 # ---- what is refused, with the model unchanged ----
 
 
@@ -256,7 +244,6 @@ def test_what_cannot_be_protected_is_refused_and_nothing_is_changed() -> None:
         ([x], 4, ConfigError, r"at most half of the width of each layer, got 4 for 0 of width 6"),
         ([x], 0, ConfigError, r"`directions` must be a positive int, got 0"),
         ([7], 2, AdapterError, r"^a sample must be a tensor, .* got int\."),
-        (model, 2, AdapterError, r"^`samples` is a model\. Since 0\.5, protect takes no optimizer"),
         (["text"], 2, AdapterError, r"`samples` contains texts, so pass tokenizer="),
         (7, 2, AdapterError, r"`samples` must be an iterable of batches, .* got int"),
         (x, 2, AdapterError, r"`samples` must be an iterable of batches, such as a list, got Tensor"),

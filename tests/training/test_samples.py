@@ -134,7 +134,7 @@ def test_padding_that_cannot_be_taken_out_is_refused() -> None:
     ids, mask = padded(TEXTS, "right")
     shape = r"^`attention_mask` must have shape \(batch, length\), with 1 for tokens and 0 f"
     for batch, message in (
-        ({"pixel_values": torch.randn(2, 5)}, r"^pixel_values: .* got shape \(2, 5\) for 3 rows\. Pass one sample per"),
+        ({"pixel_values": torch.randn(2, 5)}, r"^pixel_values: .* not a tensor with 3 rows\. Pass one sample per"),
         ({"cache": [torch.randn(3, 5)]}, r"^cache: the batch has padding .* Pass one sample per batch, without"),
         ({"attention_mask": torch.tensor([[1, 0, 1]] * 3)}, shape),
         ({"attention_mask": torch.zeros(3, 1, 3, 3)}, shape),
