@@ -123,11 +123,6 @@ def loaded_class(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def forward_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks that are registered on a module."""
-    return list(module._forward_hooks.values())
-
-
 #: The hooks that are registered on a module.
 HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

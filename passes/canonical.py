@@ -17,15 +17,13 @@ from hra_fx.compat import ASSERT_METADATA, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.passes.exported import CALL_LAYER, exporting
 from hra_fx.passes.inputs import Inputs, conditions_of, nest
-from hra_fx.passes.nodes import attribute, line_of, replace_node
+from hra_fx.passes.nodes import line_of, replace_node
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 #: The name of the module that checks the inputs.
 CHECKS = "check_inputs"
-#: Operators of torch.export that run a block, and what the model writes.
-_BLOCKS = {"wrap_with_autocast": "torch.autocast", "wrap_with_set_grad_enabled": "torch.no_grad or torch.enable_grad"}
 
 
 class Canonical(NamedTuple):
@@ -52,7 +50,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     graph = module.graph
     graph.owning_module = None  # this module does not have layers to call
     inputs = nest(graph, program, model)
-    conditions = conditions_of(program, model, inputs)
+    conditions = conditions_of(program, inputs)
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         call = replace_node(node, "call_module", node.args[1], node.args[:1])
         copied = call.next  # the capture copies outputs, in case the model writes into them
@@ -91,11 +89,10 @@ def _refuse_blocks(module: fx.GraphModule) -> None:
     """Raise an error for a block with a separate graph, which a graph of layers cannot call."""
     for node in module.graph.nodes:
         if is_higher_order(node.target):
-            bodies = [attribute(module, read.target) for read in node.all_input_nodes if read.op == "get_attr"]
+            bodies = [getattr(module, str(read.target), None) for read in node.all_input_nodes]
             inner = [each for body in bodies if isinstance(body, fx.GraphModule) for each in body.graph.nodes]
             known = next((each for each in (node, *inner) if line_of(each)), node)
-            block = _BLOCKS.get(str(node.target), f"torch.{node.target}")
-            raise CaptureError(f"it runs a block under {block}{line_of(known)}")
+            raise CaptureError(f"it runs a block of operators ({node.target}){line_of(known)}")
 
 
 def _name_constants(graph: fx.Graph, program: ExportedProgram) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ mode. Otherwise, the graph is created from one capture in each mode.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from hra_fx.compat import has_backward_hooks, require
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, preserve_rng_state
 from hra_fx.passes.canonical import CHECKS, Canonical, canonical
-from hra_fx.passes.compare import Attach, compare, compare_call, does_the_same_in_train_mode
+from hra_fx.passes.compare import Attach, compare, compare_call
 from hra_fx.passes.exported import LOCK, examples_with_shapes, export_call, is_leaf, without_caches
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.inputs import InputChecks, limit_conditions
@@ -41,7 +42,12 @@ def capture_layers(
             raise CaptureError(f"{name} is on the meta device. Load the weights first")
     if not only:
         _check_parts(model)
-    order = [*inspect.signature(model.forward).parameters, *call[1]]
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*call[0], **call[1])
+    except TypeError as error:
+        raise CaptureError(f"the example does not fit its forward: {error}") from error
+    order = [*signature.parameters, *call[1]]
     call = call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
     with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
         if only:
@@ -59,15 +65,7 @@ def capture_layers(
 
 def _check_parts(model: nn.Module) -> None:
     """Raise an error for what a capture would drop without an error."""
-    own = set(model.parameters())
     for path, part in model.named_modules():
-        for name, value in vars(part).items():
-            items = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, nn.Module)]
-            if any(x.requires_grad and x not in own for item in items for x in item.parameters()):
-                place = f"{path}.{name}".lstrip(".")
-                raise CaptureError(
-                    f"{place} has a layer that is not a child, so a graph would not train it. Use nn.ModuleList"
-                )
         if is_leaf(part):
             continue
         if has_backward_hooks(part):
@@ -80,15 +78,22 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, attach: 
     """Capture the graph of an example, and compare it with the model for this example and a call."""
     captured = in_eval = _canonical(model, example, shapes, training=False)
     made = _module_of(model, in_eval)
-    if not does_the_same_in_train_mode(model, made, example):
+    if not _does_the_same_in_train_mode(model, made, example):
         captured = _canonical(model, example, shapes, training=True)
         made = _module_of(model, captured, in_eval)
     checks: Any = made.get_submodule(CHECKS)
     limits = compare(model, made, example, captured.sizes, attach)
-    if example is not call:
-        compare(model, made, call, (), attach)
     checks.add(limit_conditions(captured.inputs, captured.sizes, limits))
+    if example is not call:
+        compare_call(model, made, call)
     return made
+
+
+def _does_the_same_in_train_mode(model: nn.Module, made: fx.GraphModule, call: Call) -> bool:
+    with suppress(CaptureError):
+        compare_call(model, made, call, training=True)
+        return True
+    return False
 
 
 def _canonical(model: nn.Module, call: Call, shapes: Any, *, training: bool) -> Canonical:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import inspect
 import io
-import logging
-import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
@@ -24,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
-from hra_fx.compat import forward_hooks, pytree
+from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, clone_inputs, seed_everything
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
-from hra_fx.passes.compare import with_shared_tensors
+from hra_fx.passes.compare import copied
+from hra_fx.passes.inputs import argument_names
 from hra_fx.passes.nodes import line_among
 
 if TYPE_CHECKING:
@@ -53,18 +51,15 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
     """
     args, kwargs = clone_inputs(call)
     seed_everything(0)  # a branch on a random number is the same in both modes
-    model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
+    model = copied(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part)}
-    mode = "train" if training else "eval"
-    options: Any = {"unit": "layer", "delay": 2, "mininterval": 1, "leave": False, "disable": sys.stderr is None}
-    bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", **options)  # created before `exporting` redirects stderr
-    with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
+    with exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
         stack.callback(_layers.clear)
         stack.callback(_recorded.clear)
         _layers.update(leaves)
         for path, layer in leaves.items():
-            vars(layer)["_call_impl"] = partial(_call, path, bar.update)
-        vars(model)["forward"] = _without_unknown(model.forward, kwargs)
+            vars(layer)["_call_impl"] = partial(_call, path)
+        vars(model)["forward"] = _without_unknown(model.forward, argument_names(model, args, kwargs))
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         for node in program.graph.find_nodes(op="call_function", target=CALL_LAYER):
             if node.args[1] in _recorded and not node.users:
@@ -74,19 +69,7 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Context manager for calls of `torch.export`. Hides its warnings, its log entries, and the graphs that it prints.
-
-    An error becomes a `CaptureError`. Log entries of other threads are kept.
-    """
-    here = threading.get_ident()
-    names = [name for name in logging.Logger.manager.loggerDict if name.partition(".")[0] == "torch"]
-    handlers = [handler for name in ["torch", *names] for handler in logging.getLogger(name).handlers]
-
-    def is_of_another_thread(record: logging.LogRecord) -> bool:
-        return record.thread != here
-
-    for handler in handlers:
-        handler.addFilter(is_of_another_thread)
+    """Context manager for calls of `torch.export`, whose errors become a `CaptureError`. Hides what it prints."""
     try:
         # torch writes the graph of a failed capture to stderr.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -99,9 +82,6 @@ def exporting() -> Iterator[None]:
         frames = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
         place = line_among(frames)
         raise CaptureError(f"torch.export fails{place} ({type(error).__name__}: {line[:200]})") from error
-    finally:
-        for handler in handlers:
-            handler.removeFilter(is_of_another_thread)
 
 
 def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]:
@@ -115,23 +95,19 @@ def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]
     return [(example, _shapes(model, example, lengths)) for example, lengths in tries]
 
 
-def _shapes(model: nn.Module, call: Call, lengths: bool) -> Any:
+def _shapes(model: nn.Module, call: Call, lengths: bool) -> dict[str, Any]:
     """Dynamic shapes in which every size may change; for images, and without `lengths`, only the batch size."""
-    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for value in pytree.tree_leaves(call):
-        if isinstance(value, Tensor):
-            count = value.dim() if lengths and value.dim() <= _LENGTHS else min(value.dim(), 1)
-            # torch.export makes a size of 1 a constant, and would write to its log.
-            free = [dimension for dimension, size in enumerate(value.shape[:count]) if size > 1]
-            shapes[value] = dict.fromkeys(free, torch.export.Dim.AUTO)
-    try:
-        made = shapes.dynamic_shapes(model, *call)
-    except TypeError as error:
-        raise CaptureError(f"the example does not fit its forward: {error}") from error
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            made |= made.pop(name, {})
-    return made
+
+    def free(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        count = value.dim() if lengths and value.dim() <= _LENGTHS else min(value.dim(), 1)
+        # torch.export makes a size of 1 a constant, and would write to its log.
+        return {dimension: torch.export.Dim.AUTO for dimension, size in enumerate(value.shape[:count]) if size > 1}
+
+    args, kwargs = call
+    named = zip(argument_names(model, args, kwargs), (*args, *kwargs.values()), strict=True)
+    return {name: pytree.tree_map(free, value) for name, value in named}
 
 
 @contextmanager
@@ -148,10 +124,10 @@ def without_caches(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _without_unknown(forward: Callable[..., Any], kwargs: Collection[str]) -> Callable[..., Any]:
+def _without_unknown(forward: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
     """Wrap a forward to return None instead of outputs that `torch.export` does not support, such as caches.
 
-    The signature has the given keyword arguments instead of `**kwargs`, which `torch.export` does not support either.
+    Its signature has the arguments of the call, because `torch.export` does not support `**kwargs`.
     """
     known = (Tensor, int, float, str, type(None), torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -161,11 +137,8 @@ def _without_unknown(forward: Callable[..., Any], kwargs: Collection[str]) -> Ca
         kept = pytree.tree_map(lambda value: value if isinstance(value, known) else None, output)
         return output if kept is None else kept
 
-    signature = inspect.signature(forward)
-    named = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    extra = [name for name in kwargs if name not in signature.parameters]
-    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extra]
-    vars(run)["__signature__"] = signature.replace(parameters=[*named, *added])
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    vars(run)["__signature__"] = inspect.Signature([inspect.Parameter(name, kind) for name in names])
     return run
 
 
@@ -230,12 +203,7 @@ def is_leaf(module: nn.Module) -> bool:
         return True
     if module._modules or isinstance(module, _RECORDED):
         return False
-    return _is_of_torch(module) or (
-        inspect.isfunction(inspect.getattr_static(module, "forward"))
-        and type(module).forward is not nn.Module.forward
-        and type(module).__call__ is nn.Module.__call__
-        and "forward" not in vars(module)
-    )
+    return _is_of_torch(module) or (type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module))
 
 
 def _is_of_torch(module: nn.Module) -> bool:
@@ -247,13 +215,11 @@ def depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, _MODES) or type(module).__name__.endswith(_DROP_PATHS)
 
 
-def _call(path: str, count: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-    count()
+def _call(path: str, *args: Any, **kwargs: Any) -> Any:
     layer = _layers[path]
     run = partial(nn.Module._call_impl, layer)
     given = (*args, *kwargs.values())
-    named = kwargs and not (depends_on_mode(layer) or find_kind(layer) or _is_of_torch(layer))
-    if len(given) != 1 or named or not isinstance(given[0], Tensor):
+    if len(given) != 1 or not isinstance(given[0], Tensor) or (kwargs and not find_kind(layer)):
         return run(*args, **kwargs)
     try:
         output = CALL_LAYER(given[0], path)
@@ -263,16 +229,11 @@ def _call(path: str, count: Callable[[], Any], *args: Any, **kwargs: Any) -> Any
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
         # A model may check the type of the result, add hooks to it, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
-    # The graph runs the hooks of the layer. Those of transformers, which collect outputs, run in the capture too.
-    if any(str(hook.__module__).startswith("transformers.") for hook in forward_hooks(layer)):
-        vars(layer)["forward"] = lambda *_, **__: output
-        run(*args, **kwargs)
-        del vars(layer)["forward"]
     return output
 
 
 class _MustBeRecordedError(Exception):
-    """A layer does not return one tensor, such as a router that is an `nn.Linear`, or it sets attributes."""
+    """A layer does not return one tensor, such as a router that is an `nn.Linear`."""
 
 
 class _Called(nn.ModuleDict):
@@ -292,12 +253,8 @@ def _output_of(x: Tensor, path: str) -> Tensor:
     if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
         return x.new_empty((*x.shape[:-1], layer.out_features))
     empty = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
-    before, now = dict(vars(layer)), vars(layer)
     output = torch.func.functional_call(_Called({"layer": layer}), empty, (x,))
-    is_changed = now.keys() != before.keys() or any(now[name] is not value for name, value in before.items())
-    if not isinstance(output, Tensor) or (is_changed and not find_kind(layer)):
-        now.clear()
-        now.update(before)
+    if not isinstance(output, Tensor):
         raise _MustBeRecordedError
     return output.clone()
 

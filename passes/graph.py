@@ -33,32 +33,15 @@ class UnpicklingTracer(fx.Tracer):
 
 
 class ModelGraph(fx.GraphModule):
-    """A graph whose copies and pickles have its own `state_dict`. Its errors say that it is a graph of one call."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph."""
-        try:
-            return super().__call__(*args, **kwargs)
-        except TypeError as error:
-            if not str(error).startswith("forward() "):  # an argument is unknown or missing
-                raise
-            names = ", ".join(f"`{node.target}`" for node in self.graph.find_nodes(op="placeholder"))
-            raise TypeError(
-                f"{error}. The arguments of this graph are {names}. Capture a call with the others, or call the "
-                "original model."
-            ) from None
+    """A graph whose copies and pickles have its own `state_dict`."""
 
     def __getattr__(self, name: str) -> Any:
         """Look up a parameter, buffer or module."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise AttributeError(
-                f"{error}. It is a graph of one call, without other methods and attributes of the model. After "
-                "transform(model, config, trace=True), the original model has the same layers and adapters: use it.",
-                name=name,
-                obj=self,
-            ) from None
+            text = f"{error}. This is a graph of one call: use the original model, which has the same layers."
+            raise AttributeError(text, name=name, obj=self) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         """Copy the module."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 import ast
 import inspect
 import operator
-from collections import OrderedDict, defaultdict, namedtuple
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,6 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import children_of, guard_function, guards_of, pytree
 from hra_fx.errors import CaptureError
-from hra_fx.example_inputs import Call
 from hra_fx.passes.compare import Limits
 
 if TYPE_CHECKING:
@@ -41,13 +41,6 @@ def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY and len(names) < len(args):
             names.append(parameter.name)
     return [*names, *kwargs]
-
-
-def call_of(program: ExportedProgram) -> Call:
-    """The arguments of a program, with each flat input replaced by its number."""
-    spec: Any = program.call_spec.in_spec
-    call: Call = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    return call
 
 
 class Inputs(NamedTuple):
@@ -69,8 +62,9 @@ class Inputs(NamedTuple):
 def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
     """Add the nested arguments and results of a program to its graph, in place."""
     parameters = inspect.signature(model.forward).parameters
-    names = argument_names(model, *call_of(program))
-    specs = [spec for part in children_of(program.call_spec.in_spec) for spec in children_of(part)]
+    spec: Any = program.call_spec.in_spec
+    names = argument_names(model, *pytree.tree_unflatten(range(spec.num_leaves), spec))
+    specs = [argument for part in children_of(spec) for argument in children_of(part)]
     old = list(graph.find_nodes(op="placeholder"))
     flat, made = iter(old), Inputs([], [], [], [])
     start = old[-1].next if old else next(iter(graph.nodes))
@@ -79,6 +73,8 @@ def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
             argument = graph.placeholder(name, default_value=default)
         made.arguments.append(argument)
         if name not in names:
+            if not isinstance(default, (bool, int, float, str, type(None))):
+                raise CaptureError(f"its argument {name!r} has a default that a graph cannot have. Pass it")
             made.conditions.append(f"{name} is None" if default is None else f"{name} == {default!r}")
             continue
         with graph.inserting_before(start):
@@ -102,15 +98,13 @@ def _with_skipped(parameters: Mapping[str, inspect.Parameter], names: Sequence[s
     """The arguments of a call and their defaults, with those that the call skips, so that all have their positions."""
     empty = inspect.Parameter.empty
     by_place = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
-    last = max((by_place.index(name) for name in names if name in by_place), default=-1)
-    skipped = [name for name in by_place[: last + 1] if name not in names]
-    for name in skipped:
-        if not isinstance(parameters[name].default, (bool, int, float, str, type(None))):
-            raise CaptureError(f"its argument {name!r} has a default that a graph cannot have. Pass it in the example")
-    order = [*by_place[: last + 1], *(name for name in names if name not in by_place)]
-    for name in order if skipped else names:
-        is_behind = bool(skipped) and name in by_place and by_place.index(name) > by_place.index(skipped[0])
-        yield name, parameters[name].default if name in skipped or is_behind else empty
+    while by_place and by_place[-1] not in names:
+        by_place.pop()
+    needs_default = False  # Python asks for it behind an argument with a default
+    for name in [*by_place, *(name for name in names if name not in by_place)]:
+        needs_default |= name not in names
+        default = parameters[name].default if name in parameters else None
+        yield name, (None if default is empty else default) if needs_default else empty
 
 
 def _leaves(
@@ -139,14 +133,10 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
         return spec.type(children)
     if spec.type is dict:
         return dict(zip(spec.context, children, strict=True))
-    if spec.type is namedtuple:
-        made = graph.call_function(spec.context, tuple(children))
-    elif spec.type is OrderedDict:
-        made = graph.call_function(OrderedDict, (dict(zip(spec.context, children, strict=True)),))
-    elif issubclass(spec.type, dict) and spec.type is not defaultdict:  # the outputs of transformers and diffusers
-        made = graph.call_function(spec.type, (), dict(zip(spec.context, children, strict=True)))
-    else:
+    if not (isinstance(spec.type, type) and issubclass(spec.type, dict)) or spec.type is defaultdict:
         raise CaptureError(f"it returns a {spec.type.__name__}, which a graph cannot create")
+    # An OrderedDict, or an output of transformers and diffusers.
+    made = graph.call_function(spec.type, (), dict(zip(spec.context, children, strict=True)))
     made.meta["is_wrapped"] = True  # so that it stays a node when fx unpickles the graph
     return made
 
@@ -180,14 +170,9 @@ class InputChecks(nn.Module):
         """Show the conditions."""
         return ", ".join(self.conditions)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the function, which is created from the conditions."""
-        return {name: value for name, value in vars(self).items() if name != "_check"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Create the function again."""
-        vars(self).update(state)
-        self.add(())
+    def __reduce__(self) -> Any:
+        """Copy and pickle the conditions, without their function."""
+        return InputChecks, (self.names, self.conditions)
 
 
 def _code(names: Sequence[str], conditions: Sequence[str]) -> str:
@@ -211,58 +196,44 @@ def limit_conditions(inputs: Inputs, sizes: Sequence[Sequence[tuple[int, int]]],
         places = [sizes[which][0] for which in sorted(ones)]
         least = int(ones in limits.not_one)
         made.append(" or ".join(f"{inputs.places[index]}.size()[{dimension}] > {least}" for index, dimension in places))
-    for index in sorted(limits.same_dtype):
-        made.append(f"{inputs.places[index]}.dtype == {inputs.flat[index].meta['val'].dtype}")
-    made += [f"{inputs.places[index]}.is_contiguous()" for index in sorted(limits.contiguous)]
-    if not limits.under_autocast:
+    if limits.contiguous:
+        tensors = [place for place, node in zip(inputs.places, inputs.flat, strict=True) if _is_tensor(node)]
+        made += [f"{place}.is_contiguous()" for place in tensors]
+    if not limits.autocast:
         made.append("not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')")
     return made
 
 
-def conditions_of(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> list[str]:
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def conditions_of(program: ExportedProgram, inputs: Inputs) -> list[str]:
     """The conditions on the inputs of a program."""
-    args, kwargs = call_of(program)
-    given = dict(zip(argument_names(model, args, kwargs), (*args, *kwargs.values()), strict=True))
-    # Each expression that torch.export may use for an input -> the index of this input.
-    sources: dict[str, int] = {}
-    variadic: dict[str, int] = {}
-    for index, (path, _) in enumerate(pytree.tree_flatten_with_path(given)[0]):
-        sources[f"L['flat_args'][{index}]"] = sources[f"L{pytree.keystr(path)}"] = index
-        name, _, place = path[0].key.rpartition("_")
-        if place.isdigit():  # an item of *args, or an argument with such a name
-            variadic[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
-    found = list(inputs.conditions)
-    # The code of `torch.export` reads inputs from `L`.
-    for original in dict.fromkeys([*_of_shapes(program, inputs.flat), *guards_of(program)]):
-        text = original.replace("\n", "")
-        # Those of known inputs first: a guess may be a prefix of one.
-        for source, index in (sources | variadic | sources).items():
-            text = text.replace(source, inputs.places[index])
-        found.append(ast.unparse(ast.parse(text, mode="eval")))
+    found = [*inputs.conditions, *_of_shapes(program, inputs)]
+    for guard in guards_of(program):  # expressions of L, a dictionary of the arguments
+        text = guard.replace("\n", "")
+        text = re.sub(r"L\['flat_args'\]\[(\d+)\]", lambda index: inputs.places[int(index[1])], text)
+        found.append(ast.unparse(ast.parse(re.sub(r"L\['(\w+)'\]", r"\1", text), mode="eval")))
     return found
 
 
-def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]:
+def _of_shapes(program: ExportedProgram, inputs: Inputs) -> Iterator[str]:
     """Sizes and values that are constants of the graph, sizes that must be equal, and limits of sizes."""
     first: dict[str, str] = {}
-    for index, node in enumerate(inputs):
+    for node, place in zip(inputs.flat, inputs.places, strict=True):
         value: Any = node.meta["val"]
-        source = f"L['flat_args'][{index}]"
         if not isinstance(value, Tensor):
             if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                yield f"{source} == {value!r}" if value is not None else f"{source} is None"
+                yield f"{place} == {value!r}" if value is not None else f"{place} is None"
             continue
-        yield f"isinstance({source}, torch.Tensor)"
-        yield f"{source}.dim() == {value.dim()}"
-        # Numeric and boolean masks have different meanings, so have images of bytes, and a model may check the kind.
-        if value.is_floating_point() or value.is_complex():
-            yield f"{source}.dtype.is_floating_point == {value.is_floating_point()}"
-        elif value.dtype in (torch.bool, torch.uint8):
-            yield f"{source}.dtype == {value.dtype}"
-        else:
-            yield f"{source}.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)"
+        yield f"isinstance({place}, torch.Tensor)"
+        yield f"{place}.dim() == {value.dim()}"
+        # A model may ask for the dtype; indices may be of any.
+        integers = (torch.int64, torch.int32, torch.int16, torch.int8)
+        yield f"{place}.dtype in {integers}" if value.dtype in integers else f"{place}.dtype == {value.dtype}"
         for dimension, size in enumerate(value.shape):
-            here = f"{source}.size()[{dimension}]"
+            here = f"{place}.size()[{dimension}]"
             if isinstance(size, int):
                 yield f"{here} == {size}"
             elif (symbol := str(size)) in first:

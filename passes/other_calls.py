@@ -1,4 +1,4 @@
-"""Calls that differ from an example: other values, masks, kinds of inputs, and sizes."""
+"""Calls that differ from an example: other values, masks, kinds of inputs, strides and sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hra_fx.example_inputs import Call
 Sizes: TypeAlias = Sequence[Sequence[tuple[int, int]]]
 
 
-def tensors_of(call: Call) -> dict[int, Tensor]:
+def _tensors_of(call: Call) -> dict[int, Tensor]:
     """The tensors of a call, by the index of the flat input."""
     return {index: leaf for index, leaf in enumerate(pytree.tree_leaves(call)) if isinstance(leaf, Tensor)}
 
@@ -33,7 +33,7 @@ def _is_mask(value: Tensor) -> bool:
 
 def with_other_values(call: Call) -> Iterator[Call]:
     """Calls with other numbers, indices in another order, and in most of them other masks."""
-    tensors = tensors_of(call)
+    tensors = _tensors_of(call)
     for by_rows in (False, True):  # a model may need the same number of end tokens in each row
         yield _replaced(call, {index: _other_value(index, value, by_rows) for index, value in tensors.items()})
     yield _replaced(call, {index: _other_value(index, x, True) for index, x in tensors.items() if not _is_mask(x)})
@@ -52,7 +52,7 @@ def _other_value(index: int, value: Tensor, by_rows: bool) -> Tensor:
 
 def of_other_kinds(call: Call) -> Iterator[Call]:
     """Calls with `None`, a number, or a mask of another kind in the place of a tensor."""
-    for index, value in tensors_of(call).items():
+    for index, value in _tensors_of(call).items():
         yield _replaced(call, {index: None})
         if value.numel() == 1:
             yield _replaced(call, {index: value.item()})
@@ -60,51 +60,42 @@ def of_other_kinds(call: Call) -> Iterator[Call]:
             yield _replaced(call, {index: value.float() if value.dtype is torch.bool else value.bool()})
 
 
-def of_other_dtypes(call: Call) -> Iterator[tuple[int, Call]]:
-    """Calls in which one floating-point tensor has another dtype, with its index."""
-    for index, value in tensors_of(call).items():
-        for dtype in (torch.float16, torch.float32, torch.float64):
-            if value.is_floating_point() and value.dtype is not dtype:
-                yield index, _replaced(call, {index: value.to(dtype)})
-
-
-def not_contiguous(call: Call) -> Iterator[tuple[int, Call]]:
-    """Calls in which one tensor has other strides, with its index."""
-    for index, value in tensors_of(call).items():
-        if value.dim() > 1 and value.is_contiguous():
-            yield index, _replaced(call, {index: value.mT.contiguous().mT})
+def not_contiguous(call: Call) -> Call:
+    """The call with other strides of all tensors."""
+    return _replaced(call, {index: x.mT.contiguous().mT for index, x in _tensors_of(call).items() if x.dim() > 1})
 
 
 def equal_sizes(call: Call) -> Sizes:
     """The sizes of a call, if equal ones belong together."""
     found: dict[int, list[tuple[int, int]]] = {}
-    for index, value in tensors_of(call).items():
+    for index, value in _tensors_of(call).items():
         for dimension, size in enumerate(value.shape):
             found.setdefault(size, []).append((index, dimension))
     return list(found.values())
 
 
-def of_size_one(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], list[Call]]]:
-    """Sets of sizes that are 1, alone, in pairs, and all, twice; with calls to try until the model can run one."""
+def of_size_one(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], list[Call], list[Call]]]:
+    """Sets of sizes that are 1: each alone, in pairs, and all; each with two lists of calls.
+
+    In the second one, all other sizes are 2. A model needs to run only one call of a list.
+    """
     # torch.export assumes that a size is at least 2, and drops what follows: so 1 beside the smallest others.
     every = range(len(sizes))
     chosen = [{index} for index in every] + [{*pair} for pair in itertools.combinations(every, 2)] + [set(every)]
     for ones in dict.fromkeys(map(frozenset, chosen)):
         wanted = dict.fromkeys(ones, 1)
-        smallest = dict.fromkeys(every, 2) | wanted
-        for small in (wanted, smallest):
-            yield ones, [_resized(call, sizes, small, limit) for limit in (None, 1, 0)]
+        large, small = (
+            [_resized(call, sizes, others | wanted, limit) for limit in (None, 1, 0)]
+            for others in ({}, dict.fromkeys(every, 2))
+        )
+        yield ones, large, small
 
 
 def of_other_sizes(call: Call, sizes: Sizes) -> Iterator[Call]:
     """Calls with smaller and with larger sizes."""
     every = range(len(sizes))
-    largest = max(
-        (tensors_of(call)[index].shape[dimension] for places in sizes for index, dimension in places), default=0
-    )
-    for size in range(2, min(largest, 4)):
+    for size in (2, 3, -1):
         yield _resized(call, sizes, dict.fromkeys(every, size))
-    yield _resized(call, sizes, dict.fromkeys(every, -1))
 
 
 def _resized(call: Call, sizes: Sizes, wanted: Mapping[int, int], limit: int | None = None) -> Call:
@@ -112,15 +103,13 @@ def _resized(call: Call, sizes: Sizes, wanted: Mapping[int, int], limit: int | N
 
     `limit` is the largest integer, for indices and lengths that must fit into the new size.
     """
-    tensors = tensors_of(call)
+    tensors = _tensors_of(call)
     for which, size in wanted.items():
         for index, dimension in sizes[which]:
             x = tensors[index]
             part = x.narrow(dimension, 0, min(abs(size), x.shape[dimension]))
             tensors[index] = torch.cat([x, part], dimension) if size < 0 else part
     if limit is not None:
-        tensors = {
-            index: x if x.is_floating_point() or x.is_complex() or x.dtype is torch.bool else x.clamp(max=limit)
-            for index, x in tensors.items()
-        }
+        integers = {i: x for i, x in tensors.items() if not (x.is_floating_point() or x.is_complex())}
+        tensors |= {i: x.clamp(max=limit) for i, x in integers.items() if x.dtype is not torch.bool}
     return _replaced(call, tensors)

@@ -20,11 +20,11 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
 from hra_fx.layers.target import find_kind
 from hra_fx.passes.capture import capture_layers
-from hra_fx.passes.compare import Attach, ExampleError, compare, compare_call, with_shared_tensors
+from hra_fx.passes.compare import Attach, ExampleError, compare, compare_call, copied
 from hra_fx.passes.exported import LOCK, depends_on_mode
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.modes import merge_modes
-from hra_fx.passes.observed import attribute_changes, attributes, random_states
+from hra_fx.passes.observed import attributes, changed_attribute, random_states
 
 
 def trace(
@@ -58,16 +58,7 @@ def trace(
     reason = ""
     if dynamic_shapes is None:
         try:
-            if has_own_hooks(model) and not only:
-                raise CaptureError("it has forward hooks, which torch.fx does not run")
-            if made := trace_by_fx(model, layers, call):
-                example = call if only else call or guessed_call(model)  # without one, nothing can be compared
-                if only and example:
-                    with suppress(ExampleError):  # a drawing warns of it
-                        compare_call(model, made, example)
-                elif example:
-                    compare(model, made, example, attach=attach)
-                return made
+            return trace_by_fx(model, layers, call, attach, only=only)
         except CaptureError as error:
             if call and isinstance(error, ExampleError):
                 raise _refusal(model, error) from error
@@ -100,23 +91,33 @@ def _refusal(model: nn.Module, error: CaptureError, advice: str = "") -> Adapter
     return AdapterError(f"torch.export cannot capture {name}: {error.reason}. {advice}")
 
 
-def trace_by_fx(model: nn.Module, layers: Collection[nn.Module], call: Call | None) -> fx.GraphModule | None:
-    """Trace a model with torch.fx. `None` if the graph does not take exactly the arguments of the call.
+def trace_by_fx(
+    model: nn.Module, layers: Collection[nn.Module], call: Call | None, attach: Attach | None, *, only: bool
+) -> fx.GraphModule:
+    """Trace a model with torch.fx, and compare the graph with it. The arguments are those of `trace`.
 
     A graph of torch.fx takes the required arguments. It has the defaults of all others.
     """
+    if has_own_hooks(model) and not only:
+        raise CaptureError("it has forward hooks, which torch.fx does not run")
     graph, modules = _in_both_modes(model, layers)
     if call is not None:
-        args, kwargs = call
-        if not all(isinstance(value, Tensor) for value in pytree.tree_leaves(call)):
-            return None  # a value that is not a tensor is a constant of a capture
+        signature, (args, kwargs) = inspect.signature(model.forward), call
         try:
-            given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-        except TypeError:
-            return None
-        if list(given)[1:] != [str(node.target) for node in graph.find_nodes(op="placeholder")]:
-            return None
-    return graph_module(model, graph, modules)
+            given = list(signature.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise CaptureError(f"the example does not fit its forward: {error}") from error
+        is_constant = not all(isinstance(value, Tensor) for value in pytree.tree_leaves(call))
+        if is_constant or given != [str(node.target) for node in graph.find_nodes(op="placeholder")]:
+            raise CaptureError("the example has constants or optional arguments")
+    made = graph_module(model, graph, modules)
+    example = call if only else call or guessed_call(model)  # without one, nothing can be compared
+    if only and example:
+        with suppress(ExampleError):  # a drawing warns of it
+            compare_call(model, made, example)
+    elif example:
+        compare(model, made, example, attach=attach)
+    return made
 
 
 def _in_both_modes(model: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, dict[str, nn.Module]]:
@@ -136,20 +137,20 @@ def _in_both_modes(model: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.
 
 def _traced(model: nn.Module, layers: Collection[nn.Module], training: bool) -> fx.Graph:
     # The forward may change the modules, so a copy is traced.
-    copied = with_shared_tensors(model)
-    keep = {part for part, own in zip(copied.modules(), model.modules(), strict=True) if own in layers}
-    for part in copied.modules():
+    twin = copied(model)
+    keep = {part for part, own in zip(twin.modules(), model.modules(), strict=True) if own in layers}
+    for part in twin.modules():
         part.training = training
-    before, random = attributes(copied), random_states()
+    before, random = attributes(twin), random_states()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        graph = ModelTracer(keep).trace(copied)
+        graph = ModelTracer(keep).trace(twin)
     for node in graph.nodes:
         node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
     compile(graph.python_code("self").src, "graph", "exec")  # a layer may have the name of a keyword
     if random_states() != random:
         raise CaptureError("it draws random numbers in Python or seeds a generator, which happens once in a trace")
-    if changed := attribute_changes(before, copied):
-        raise CaptureError(f"its forward changes {changed[0]}, which a graph drops")
+    if changed := changed_attribute(before, twin):
+        raise CaptureError(f"its forward changes {changed}, which a graph drops")
     return graph
 
 

@@ -17,7 +17,6 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.export.program import refuse_operators
 from hra_fx.layers.batch import exported_batch
-from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.passes.exported import exporting, without_caches
 from hra_fx.passes.inputs import argument_names
 from hra_fx.passes.nodes import replace_node
@@ -69,9 +68,8 @@ def export_training_step(
         The program. Its first output is the loss; the graph signature names the gradients.
 
     Raises:
-        AdapterError: the loss does not depend on a trained parameter, is missing, or is not finite; a layer is
-            quantized; `torch.export` cannot export the step; or the gradients of the program differ from those of the
-            model.
+        AdapterError: the loss does not depend on a trained parameter, is missing, or is not finite; `torch.export`
+            cannot export the step; or the gradients of the program differ from those of the model.
 
     Example:
         >>> import hra_fx
@@ -83,7 +81,8 @@ def export_training_step(
         >>> list(gradients)
         ['0.hra_u.default']
     """
-    _check(model, loss, labels)
+    require("export_training_step")
+    refuse_operators(model)
     step = _StepModule(model, example_inputs, loss, labels)
     wanted = _gradients_of(step)
     with _unchanged(model), ExitStack() as stack:
@@ -91,26 +90,10 @@ def export_training_step(
             if parameter.requires_grad and name not in wanted:
                 stack.callback(parameter.requires_grad_(False).requires_grad_, True)
         program = _export(step, model, dynamic_shapes)
-    _drop_unread(program)
     _fill_uninitialized(program)
     _name_outputs(program)
     _check_gradients(program, step, wanted)
     return program
-
-
-def _check(model: Any, loss: Any, labels: Any) -> None:
-    require("export_training_step")
-    refuse_operators(model)
-    if quantized := next((path for path, part in model.named_modules() if quant_scheme_of(part) is not None), None):
-        raise AdapterError(
-            f"export_training_step: {quantized} is quantized, and torch cannot export a backward pass through it. Load "
-            "the base model in float32 and the adapter with hra_fx.load_adapter."
-        )
-    if labels is not None and loss is None:
-        raise AdapterError(
-            "export_training_step: `labels` needs `loss`. If the model computes the loss itself, pass the labels in "
-            "`example_inputs`."
-        )
 
 
 def _export(step: _StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
@@ -126,22 +109,9 @@ def _export(step: _StepModule, model: nn.Module, dynamic_shapes: Any) -> Exporte
     return program
 
 
-def _drop_unread(program: ExportedProgram) -> None:
-    """Remove the parameters and buffers that the step does not read, such as those of inactive adapters."""
-    specs, written = program.graph_signature.input_specs, program.graph_signature.buffers_to_mutate.values()
-    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    for spec in [spec for spec in specs if spec.target in program.state_dict and spec.target not in written]:
-        if nodes[spec.arg.name].users:
-            continue
-        specs.remove(spec)
-        program.graph.erase_node(nodes[spec.arg.name])
-        del program.state_dict[str(spec.target)]
-
-
 def _fill_uninitialized(program: ExportedProgram) -> None:
     """Replace `empty_permuted`: only its shape is used, and ExecuTorch does not have a kernel for it."""
-    graph = program.graph
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.empty_permuted.default):
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.empty_permuted.default):
         value: Tensor = node.meta["val"]
         options = {"dtype": value.dtype, "device": value.device}
         filled = replace_node(node, "call_function", torch.ops.aten.full.default, (node.args[0], 0), options)
@@ -154,9 +124,9 @@ def _name_outputs(program: ExportedProgram) -> None:
     signature = program.graph_signature.backward_signature
     entry = program.module_call_graph[0].signature
     assert signature is not None and entry is not None
-    order = {spec.arg.name: index for index, spec in enumerate(program.graph_signature.output_specs)}
-    gradients = sorted(signature.gradients_to_parameters.items(), key=lambda item: order[item[0]])
-    entry.out_spec = pytree.tree_structure((0, dict.fromkeys((name for _, name in gradients), 0)))
+    gradients = signature.gradients_to_parameters
+    names = [gradients[spec.arg.name] for spec in program.graph_signature.output_specs if spec.arg.name in gradients]
+    entry.out_spec = pytree.tree_structure((0, dict.fromkeys(names, 0)))
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -178,8 +148,11 @@ class _StepModule(nn.Module):
         names = argument_names(model, args, kwargs)
         given = dict(zip(names, (*args, *kwargs.values()), strict=True))
         if labels is not None:
-            if "labels" in given:
-                raise AdapterError("export_training_step: pass labels in `example_inputs` or as `labels`, not both.")
+            if loss is None or "labels" in given:
+                raise AdapterError(
+                    "export_training_step: pass `labels` for `loss`, or in `example_inputs` for a model that computes "
+                    "its loss itself."
+                )
             given["labels"] = labels
         is_tensor = partial(pytree.tree_any, lambda leaf: isinstance(leaf, Tensor))
         self.inputs = {name: value for name, value in given.items() if is_tensor(value)}
@@ -191,7 +164,7 @@ class _StepModule(nn.Module):
                 positional, keywords = names[: len(args)], names[len(args) :]
                 outputs = model(*(now[name] for name in positional), **{name: now[name] for name in keywords})
             if loss is None:
-                return _loss_of(outputs)
+                return _scalar(outputs if isinstance(outputs, Tensor) else getattr(outputs, "loss", None))
             return _scalar(loss(outputs) if labels is None else loss(outputs, now["labels"]))
 
         # torch.export reads the names of the inputs from the signature.
@@ -202,14 +175,6 @@ class _StepModule(nn.Module):
     def example(self) -> tuple[Any, ...]:
         """A copy of the example, in the order of the inputs."""
         return clone_inputs((tuple(self.inputs.values()), {}))[0]
-
-
-def _loss_of(outputs: Any) -> Tensor:
-    """The loss that a model returns."""
-    found = getattr(outputs, "loss", None)
-    if found is None and isinstance(outputs, (dict, tuple)):
-        found = outputs.get("loss") if isinstance(outputs, dict) else next(iter(outputs), None)
-    return _scalar(outputs if isinstance(outputs, Tensor) else found)
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -234,19 +199,15 @@ _ROUNDING = 30
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Context manager that restores the buffers of a model and the random number generators."""
-    before = [
-        (part, name, buffer, buffer.clone())
-        for part in model.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(part, name, own) for part in model.modules() for name, own in part._buffers.items() if own is not None]
+    values = [own.clone() for _, _, own in buffers]
     with preserve_rng_state():
         try:
             yield
         finally:
-            with torch.no_grad():
-                for part, name, buffer, value in before:
-                    part._buffers[name] = buffer.copy_(value)
+            for (part, name, own), value in zip(buffers, values, strict=True):
+                part._buffers[name] = own
+                own.data.copy_(value)
 
 
 def _gradients_of(step: _StepModule) -> dict[str, Tensor]:
@@ -259,10 +220,6 @@ def _gradients_of(step: _StepModule) -> dict[str, Tensor]:
                 "export_training_step: the loss does not depend on any trained parameter. The model has no active "
                 "adapter, or they are merged, disabled, or on layers that the call does not use; or it is detached."
             )
-        if not bool(loss.isfinite()):
-            raise AdapterError(
-                f"export_training_step: the loss of the example is {float(loss.detach())}. Pass one with a finite loss."
-            )
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     found = {name: gradient for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
     return {"": loss.detach(), **found}
@@ -273,17 +230,14 @@ def _check_gradients(program: ExportedProgram, step: _StepModule, wanted: Mappin
     with _unchanged(step), torch.no_grad():
         loss, gradients = program.module()(*step.example())
     found: dict[str, Tensor] = {"": loss, **gradients}
-    norms = {name: float(value.double().norm()) for name, value in wanted.items()}
-    largest = max(norms.values())
+    largest = max(float(value.double().norm()) for value in wanted.values())
     for name, value in wanted.items():
-        eps = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32).eps
-        difference = float((found[name].double() - value.double()).norm()) if name in found else norms[name]
-        if difference <= _TOLERANCE * norms[name] + _ROUNDING * eps * largest:
-            continue
-        what, error = f"the gradient of {name}" if name else "the loss", difference / (norms[name] or 1.0)
-        raise AdapterError(
-            f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. torch "
-            f"{torch.__version__} may compute the backward pass of an operator incorrectly, and drops custom autograd "
-            "functions and hooks on parameters: use basic operators. With 16-bit weights, try float32; with random "
-            "numbers, call model.eval() first."
-        )
+        norm, eps = float(value.double().norm()), torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
+        difference = float((found[name].double() - value.double()).norm()) if name in found else norm
+        if not difference <= _TOLERANCE * norm + _ROUNDING * eps * largest:  # nor if it is NaN
+            raise AdapterError(
+                f"export_training_step: {f'the gradient of {name}' if name else 'the loss'} in the program differs "
+                f"from PyTorch's by {difference:.1e} (norm {norm:.1e}). torch {torch.__version__} may compute "
+                "the backward pass of an operator wrong, and drops custom autograd functions and hooks on "
+                "parameters. With 16-bit weights, try float32; with random numbers, call model.eval() first."
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 from typing import Any
 
@@ -124,7 +123,6 @@ def test_a_tensor_that_a_forward_creates_is_not_a_buffer() -> None:
     for model in (graph, copy.deepcopy(graph), pickle.loads(stored), copy.deepcopy(pickle.loads(stored))):
         assert not list(model.named_buffers())
         assert_same(model(X), base(X))
-        torch.testing.assert_close(model.float()(X.float()), copy.deepcopy(base).float()(X.float()))
         assert list(hra_fx.fold(model).state_dict()) == list(base.state_dict())
 
 
@@ -199,14 +197,10 @@ def test_the_inputs_have_the_order_of_the_model() -> None:
 # ---- hooks ----
 
 
-def test_hooks_of_the_model_run_and_one_that_may_be_the_reason_is_named() -> None:
+def test_hooks_of_the_model_run() -> None:
     model = Two().double()
     model.register_forward_pre_hook(lambda _, args: (2 * args[0],))
     with pytest.raises(AdapterError, match=r"it has forward hooks, which torch\.fx does not run\. Pass example_inputs"):
         hra_fx.transform(model, config(), trace=True)
     graph, eager = twins(model, X)
     assert_same(graph(X), eager(X))
-    model, calls = Two().double(), itertools.count(1)
-    model.first.register_forward_hook(lambda _, __, output: output * next(calls))
-    with pytest.raises(AdapterError, match=r"output differs for the example: .* Hooks of first may be the reason\. "):
-        hra_fx.transform(model, config(), trace=True, example_inputs=X)

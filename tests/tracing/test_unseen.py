@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,13 +55,6 @@ class Pool(enum.Enum):
     CLS = 2
 
 
-class Slots:
-    __slots__ = ("n",)
-
-    def __init__(self) -> None:
-        self.n = 0
-
-
 class Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -74,7 +66,7 @@ class Clip(torch.autograd.Function):
 
 
 class Encoder(nn.Module):
-    """Dropout in another method than the forward, and in the forward with a rate of its parent."""
+    """Dropout in another method than the forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,9 +74,6 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         return F.dropout(self.layer(x), 0.5, self.training)
-
-    def forward(self, x: Tensor, rate: float) -> Tensor:
-        return F.dropout(self.layer(x), rate, rate > 0)
 
 
 # ---- forwards ----
@@ -100,10 +89,6 @@ def keyed(self: Any, batch: dict[str, Tensor]) -> Any:
     return self.b(h * batch["mask"][:, None] if "mask" in batch else h)
 
 
-def viewed(self: Any, views: list[Tensor]) -> Any:
-    return self.b(torch.stack([self.a(x) for x in views]).sum(0) / len(views))
-
-
 def last(self: Any, x: Tensor, lengths: Tensor) -> Any:
     h = self.a(x)
     if h.shape[1] > 1:
@@ -117,7 +102,6 @@ def three(self: Any, x: Tensor, memory: Tensor) -> Any:
 
 
 def masked(self: Any, x: Tensor, mask: Tensor) -> Any:
-    mask = mask[:, :, None] if mask.dim() == 2 else mask
     return self.b(self.a(cut(x))) + (mask.sum() if mask.dtype is torch.bool else mask.mean())
 
 
@@ -126,36 +110,17 @@ def chosen(self: Any, x: Tensor, value: Any) -> Any:
     return self.b(F.normalize(h) if value is True or value is Pool.MEAN or isinstance(value, float) else h)
 
 
-def framed(self: Any, wave: Tensor) -> Any:
-    count = (cut(wave).shape[1] - 6) // 2 + 1
-    return self.a(wave.as_strided((wave.shape[0], count, 6), (wave.stride(0), 2 * wave.stride(1), wave.stride(1))))
-
-
-def counted(count: Callable[[Any], int]) -> Callable[..., Any]:
-    return lambda self, x: self.b(self.a(cut(x)) if count(self.state) <= 20 else self.a(x).relu())
-
-
-def in_numpy(state: Any) -> int:
-    state[0] += 1
-    return int(state[0])
-
-
-def in_deque(state: Any) -> int:
-    state.append(1)
-    return len(state)
-
-
-def in_slots(state: Any) -> int:
-    state.n += 1
-    return int(state.n)
+def counted(self: Any, x: Tensor) -> Any:
+    self.state.append(1)
+    return self.b(self.a(cut(x)) if len(self.state) <= 20 else self.a(x).relu())
 
 
 def between(change: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
     return lambda self, x: self.b(change(self, self.a(cut(x))))
 
 
-def penalized(weights: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda self, x: (self.b(self.a(cut(x))), sum(weight.abs().sum() for weight in weights(self)))
+def penalized(self: Any, x: Tensor) -> Any:
+    return self.b(self.a(cut(x))), sum(weight.abs().sum() for weight in self.parameters())
 
 
 def frozen(part: str, graph: Any, *inputs: Any) -> Any:
@@ -181,42 +146,27 @@ class Case:
 
 ONE_MODE = "parts of the graph have different modes"
 ADAPTED = "its output.* differs for the example with (adapters|frozen parameters)"
-COUNTED = "after two calls, state.state is"
+COUNTED = "its forward changes state"
 CASES = {
     "position": Case(model(skipping), {"x": X, "shift": torch.ones(8)}, "scale is None", (X, torch.ones(8))),
     "key": Case(model(keyed), ({"x": X},), r"set\(batch\) == \{'x'\}", ({"x": X, "mask": torch.ones(4)},)),
-    "length": Case(model(viewed), ([X, X + 1],), r"len\(views\) == 2", ([X, X, X],)),
-    "type": Case(model(viewed), ([X, X + 1],), r"isinstance\(views, list\)", (torch.stack([X, X]),)),
     "method": Case(model(between(lambda self, h: h + self.part.encode(X[:1])), part=Encoder()), X, ONE_MODE,
                    run=partial(frozen, "part")),
-    "rate": Case(model(between(lambda self, h: h + self.part(X[:1], 0.5 if self.training else 0.0)), part=Encoder()),
-                 X, ONE_MODE, run=partial(frozen, "part")),
-    "norm": Case(
-        model(between(lambda self, h: F.batch_norm(h, self.norm.running_mean, self.norm.running_var, None, None,
-                                                   self.norm.training))),
-        X, ONE_MODE, run=partial(frozen, "norm")),
     "one token": Case(model(last), (torch.randn(2, 4, 6), torch.tensor([3, 4])), r"x\.size\(\)\[1\] > 1",
                       (torch.randn(2, 1, 6), torch.tensor([1, 1]))),
     "one query": Case(model(three), (torch.randn(4, 3, 6), torch.randn(4, 5, 6)),
                       r"x\.size\(\)\[0\] > 1 or x\.size\(\)\[1\] > 1", (torch.randn(1, 1, 6), torch.randn(1, 7, 6))),
-    "rank": Case(model(masked), (X, X), r"mask\.dim\(\) == 2", (X, X[None])),
-    "mask": Case(model(masked), (X, X), r"mask\.dtype\.is_floating_point == True", (X, X > 0)),
+    "mask": Case(model(masked), (X, X), r"mask\.dtype == torch\.float32", (X, X > 0)),
     "enum": Case(model(chosen), (X, Pool.CLS), "Pool"),
     "flag": Case(model(chosen), (X, False), "value == False", (X, True)),
     "number": Case(model(chosen), (X, torch.tensor(1.5)), r"isinstance\(value, torch\.Tensor\)", (X, 1.5)),
-    "function": Case(model(between(lambda self, h: Clip.apply(h))), X, "custom autograd function Clip"),
+    "function": Case(model(between(lambda self, h: Clip.apply(h))), X, "custom autograd functions differs .*Clip"),
     "bytes": Case(model(lambda self, x: self.b(self.a(x.float() / 255 if x.dtype == torch.uint8 else x.float()))),
                   torch.randint(0, 9, (4, 6)), r"x\.dtype in \(torch\.int64", (X.to(torch.uint8),)),
-    "double": Case(model(lambda self, x: self.b(self.a((x * 2 if x.dtype == torch.float64 else x).float()))), X,
-                   r"x\.dtype == torch\.float32", (X.double(),)),
-    "strides": Case(model(framed), torch.randn(3, 20), r"wave\.is_contiguous\(\)", (torch.randn(3, 30)[:, :20],)),
     "contiguous": Case(model(lambda self, x: self.b(self.a(x if x.is_contiguous() else -x))), X,
                        r"x\.is_contiguous\(\)", (torch.randn(6, 4).T,)),
-    "NumPy": Case(model(counted(in_numpy), state=np.zeros(1)), X, COUNTED),
-    "deque": Case(model(counted(in_deque), state=collections.deque()), X, COUNTED),
-    "slots": Case(model(counted(in_slots), state=Slots()), X, COUNTED),
-    "parameters": Case(model(penalized(lambda self: self.parameters())), X, ADAPTED),
-    "raw parameters": Case(model(penalized(lambda self: [self.a._parameters["weight"]])), X, ADAPTED),
+    "deque": Case(model(counted, state=collections.deque()), X, COUNTED),
+    "parameters": Case(model(penalized), X, ADAPTED),
     "requires_grad": Case(model(between(lambda self, h: h if self.a.bias.requires_grad else h.relu())), X, ADAPTED),
     "class": Case(model(between(lambda self, h: h * (2 if type(self.a) is nn.Linear else 1))), X, ADAPTED),
     "inference mode": Case(model(between(lambda self, h: h.relu() if torch.is_inference_mode_enabled() else h)), X,
@@ -225,7 +175,6 @@ CASES = {
                      "not torch.is_autocast_enabled", run=cast),
     "text": Case(model(lambda self, x, y: self.b(self.a(x).relu() if str(x[0, 0]) == str(y[0, 0]) else self.a(x))),
                  (X, X.clone()), "differs for other values"),
-    "listed": Case(model(between(lambda self, h: self.state[0](h)), state=[nn.Linear(8, 8)]), X, "not a child"),
     "defaultdict": Case(model(lambda self, x: collections.defaultdict(list, y=self.b(self.a(cut(x))))), X,
                         "it returns a defaultdict"),
     "keyword": Case(model(io=nn.ModuleDict({"in": nn.Linear(2, 2)})), X, r"'io\.in', a name .* Rename it"),
