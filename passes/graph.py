@@ -83,11 +83,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     module = ModelGraph(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
     for kind in ("_parameters", "_buffers", NON_PERSISTENT):
         vars(module)[kind] = copy.copy(vars(root)[kind])
-    paths = {str(node.target) for node in graph.find_nodes(op="call_module")} - modules.keys()
-    paths |= {str(node.target).rpartition(".")[0] for node in graph.find_nodes(op="get_attr")}
-    used = {root.get_submodule(path) for path in paths}
-    holders: dict[nn.Module, nn.Module] = {}
-    vars(module)["_modules"] = {name: _holder(child, used, holders) for name, child in root._modules.items()}
+    vars(module)["_modules"] = dict(root._modules)
     for name, part in modules.items():
         module.add_module(name, part.train(root.training))
     for node in graph.find_nodes(op="get_attr"):
@@ -103,14 +99,3 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
         if isinstance(part, ByMode) and repr(part.in_train) != repr(part.in_eval):
             part.parts = tuple(own for own in module.modules() if own is not module and own not in called)
     return module
-
-
-def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:
-    """Return a part that the graph uses or that has tensors; otherwise, a new module with its children."""
-    if part is None or part in used or part._parameters or part._buffers or not part._modules:
-        return part
-    if part not in holders:
-        holder = holders[part] = nn.Module()
-        holder.training = part.training
-        vars(holder)["_modules"] = {name: _holder(child, used, holders) for name, child in part._modules.items()}
-    return holders[part]

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.export.program import refuse_operators
+from hra_fx.export.program import refuse_program
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.model.inject import random_init
@@ -84,7 +84,7 @@ def transform(
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['0.hra_u.default', '2.hra_u.default']
     """
-    refuse_operators(model)
+    refuse_program(model)
     module: Any = model
     check_is_module(module)
     config = with_head(module, valid_config(config))

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree, require
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
-from hra_fx.export.program import refuse_operators
+from hra_fx.export.program import refuse_program
 from hra_fx.layers.batch import exported_batch
 from hra_fx.passes.exported import exporting, without_caches
 from hra_fx.passes.inputs import argument_names
@@ -82,7 +82,7 @@ def export_training_step(
         ['0.hra_u.default']
     """
     require("export_training_step")
-    refuse_operators(model)
+    refuse_program(model)
     step = _StepModule(model, example_inputs, loss, labels)
     wanted = _gradients_of(step)
     with _unchanged(model), ExitStack() as stack:

@@ -195,7 +195,7 @@ def test_refusals_say_what_to_do() -> None:
         step_of(merged)
     with pytest.raises(AdapterError, match="dynamic_shapes"):
         step_of(mlp(), dynamic_shapes={"x": {0: BATCH}})
-    with pytest.raises(AdapterError, match="`model` is an ExportedProgram of operators"):
+    with pytest.raises(AdapterError, match=r"`model` is an ExportedProgram\. Adapt the model"):
         step_of(torch.export.export(nn.Linear(6, 4).double(), (X,)))  # type: ignore[arg-type]
     branching = nn.Linear(6, 4).double()
     branching.register_forward_pre_hook(lambda module, args: args if args[0].sum() > 0 else None)

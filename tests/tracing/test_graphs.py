@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapting import adapted, picture, randomise
+from adapting import adapted, picture
 from graph_modules import targets_of
 from layers.checking import assert_same, normal
 from torch import Tensor, fx, nn
@@ -30,13 +30,6 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(F.relu(self.norm(self.conv(x))), 0.5, self.training)
         return self.head(self.drop(x.mean((2, 3))))
-
-
-class Values(Net):
-    """Neither torch.fx nor torch.export can trace it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if float(x.sum()) > 0 else super().forward(-x)
 
 
 IMAGE = normal(1, 2, 2, 3, 3)
@@ -72,20 +65,6 @@ def test_each_use_of_a_layer_has_a_reflection(fields: dict[str, Any]) -> None:
     assert Counter(target.removesuffix(".hra_u") for target in called) == LAYERS
 
 
-def test_a_graph_follows_the_state_of_the_adapters() -> None:
-    model = images(r=4)
-    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["conv", "head"]))
-    hra_fx.set_adapter(model, ["other", "default"])
-    randomise(model)
-    graph = check_graph(model)
-    hra_fx.set_scale(model, "default", 0.5)
-    assert_same(graph(IMAGE, 2.0), model(IMAGE, 2.0))
-    with hra_fx.disable_adapters(model):
-        assert_same(graph(IMAGE, 2.0), model(IMAGE, 2.0))
-    hra_fx.merge_adapter(model)
-    assert_same(graph(IMAGE, 2.0), model(IMAGE, 2.0))
-
-
 def test_a_model_that_torch_fx_traces() -> None:
     model = adapted(Net().double(), "conv", "head")
     before = picture(model)
@@ -99,18 +78,6 @@ def test_a_model_that_torch_fx_traces() -> None:
     graph.eval()
     assert_same(fx.Interpreter(graph).run(IMAGE), model(IMAGE))
     assert_same(torch.export.export(graph, (IMAGE,)).module()(IMAGE), model(IMAGE))
-
-
-@pytest.mark.parametrize("inputs", [None, IMAGE])
-def test_a_model_that_cannot_be_traced_is_an_error_and_is_as_before(inputs: Any) -> None:
-    model = adapted(Values().double(), "head")
-    before, chance = picture(model), torch.get_rng_state()
-    message = (
-        r"torch\.(fx cannot trace Values: .*example_inputs|export cannot capture Values: .*line \d+, `return super)"
-    )
-    with pytest.raises(AdapterError, match=message):
-        hra_fx.graphs(model, inputs)
-    assert picture(model) == before and torch.equal(torch.get_rng_state(), chance)
 
 
 def test_a_plain_model_has_no_graphs() -> None:
