@@ -133,7 +133,8 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
         return spec.type(children)
     if spec.type is dict:
         return dict(zip(spec.context, children, strict=True))
-    if not (isinstance(spec.type, type) and issubclass(spec.type, dict)) or spec.type is defaultdict:
+    is_named = isinstance(spec.type, type) and issubclass(spec.type, dict) and spec.type is not defaultdict
+    if not is_named or not all(isinstance(key, str) for key in spec.context):
         raise CaptureError(f"it returns a {spec.type.__name__}, which a graph cannot create")
     # An OrderedDict, or an output of transformers and diffusers.
     made = graph.call_function(spec.type, (), dict(zip(spec.context, children, strict=True)))

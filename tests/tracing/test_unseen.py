@@ -177,6 +177,8 @@ CASES = {
                  (X, X.clone()), "differs for other values"),
     "defaultdict": Case(model(lambda self, x: collections.defaultdict(list, y=self.b(self.a(cut(x))))), X,
                         "it returns a defaultdict"),
+    "integer keys": Case(model(lambda self, x: collections.OrderedDict({0: self.b(self.a(cut(x)))})), X,
+                         "it returns a OrderedDict"),
     "keyword": Case(model(io=nn.ModuleDict({"in": nn.Linear(2, 2)})), X, r"'io\.in', a name .* Rename it"),
     "graph": Case(model(graph=nn.Linear(2, 2)), X, "'graph', a name that a graph cannot have"),
 }  # fmt: skip
