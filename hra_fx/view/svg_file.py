@@ -58,10 +58,10 @@ def _draw_legend(svg: Element, drawing: Drawing, root: Scope) -> float:
             shape(group, "rect", **place, fill=f"heat{step}", class_="heat")
         x += len(HEAT) * _STEP + 6
         x = words(MEASURES["weight_change"].text(100 * drawing.largest_change)) + 12
-    unknown = drawing.largest_change and any(map(math.isnan, drawing.changes.values()))
-    full = drawing.report.trained_in_full
-    for fill, why in (("unknown", "unknown" * bool(unknown)), ("blue-pale", "trained in full" * bool(full))):
-        if why:
+    is_unknown = drawing.largest_change and any(math.isnan(drawing.changes[path]) for path in root.marks)
+    swatches = {"unknown": ("unknown", is_unknown), "blue-pale": ("trained in full", root.trained)}
+    for fill, (why, is_shown) in swatches.items():
+        if is_shown:
             shape(group, "rect", x=x, width=24.0, height=15.0, fill=fill, stroke="line")
             x += 31
             x = words(why) + 12

@@ -65,6 +65,11 @@ class Scope:
         """The layers inside without an adapter."""
         return tuple(dict.fromkeys(layer for item in self.items for layer in item.skipped))
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The paths of the layers inside that are trained in full."""
+        return tuple(dict.fromkeys(path for item in self.items for path in item.trained))
+
 
 Item: TypeAlias = Leaf | Scope
 

@@ -172,6 +172,16 @@ def test_a_layer_that_should_have_an_adapter_is_marked(tmp_path: Path) -> None:
     assert "1 layer targeted, but not adapted" in text and "2 layers not targeted" in text
 
 
+def test_layers_that_are_trained_in_full_and_unknown_changes_are_explained(tmp_path: Path) -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["fc1"], modules_to_save=["fc2"], init_weights=False)
+    model = hra_fx.transform(nn.Sequential(Residual(), Residual()), config)
+    model[1].fc1.to("meta")
+    texts = ["".join(line.itertext()) for line in svg_of(hra_fx.visualize(model, tmp_path / "a.svg")).iter("text")]
+    assert {"trained in full", "unknown", "r 2 · d 4 · mean unknown"} <= {*texts}
+    part = svg_of(hra_fx.visualize(model, tmp_path / "a.svg", focus="0.fc1"))
+    assert not {"trained in full", "unknown"} & {"".join(line.itertext()) for line in part.iter("text")}
+
+
 def test_a_plain_model_is_drawn_without_colors(tmp_path: Path) -> None:
     model = nn.Sequential(Residual(), nn.Linear(4, 4))
     for ending in ("svg", "html"):
