@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from hra_fx.compat import FakeTensor, tensor_versions
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, preserve_rng_state, seed_everything
+from hra_fx.layers.sharding import is_dtensor
 from hra_fx.passes.observed import attributes, changed_attribute, difference, observe
 from hra_fx.passes.other_calls import (
     Sizes,
@@ -93,8 +94,9 @@ def compare_call(model: nn.Module, made: nn.Module, call: Call, *, training: boo
 
 @contextmanager
 def _compared(model: nn.Module, made: nn.Module, attach: Attach | None = None) -> Iterator[_Comparison | None]:
-    """A comparison, after which everything is as before; `None` if the parameters of the model have no data."""
-    if any(value.is_meta or isinstance(value, FakeTensor) for value in chain(model.parameters(), model.buffers())):
+    """A comparison, after which everything is as before; `None` if tensors of the model have no data, or are shards."""
+    tensors = chain(model.parameters(), model.buffers())
+    if any(value.is_meta or isinstance(value, FakeTensor) or is_dtensor(value) for value in tensors):
         yield None
         return
     flags = {value: value.requires_grad for value in model.parameters()}
@@ -108,6 +110,8 @@ def _compared(model: nn.Module, made: nn.Module, attach: Attach | None = None) -
 
 def copied(model: nn.Module, keep: Iterable[Tensor] | None = None) -> Any:
     """Copy a model. The tensors in `keep`, by default all parameters and buffers, are shared with the copy."""
+    if any(map(is_dtensor, model.parameters())):  # FSDP2 refuses deepcopy
+        return _cloned_tree(model, {})
     keep = chain(model.parameters(), model.buffers()) if keep is None else keep
     # Only leaves of autograd can be copied; a forward may have left other tensors in attributes.
     held = (value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor))
@@ -116,6 +120,16 @@ def copied(model: nn.Module, keep: Iterable[Tensor] | None = None) -> Any:
         return copy.deepcopy(model, memo | {id(value): value for value in keep})
     except Exception as error:
         raise CaptureError(f"it cannot be copied ({_line(error)})") from error
+
+
+def _cloned_tree(module: nn.Module, known: dict[nn.Module, Any]) -> Any:
+    """Copy modules with their own parameters and buffers."""
+    if module not in known:
+        made = known[module] = object.__new__(type(module))
+        vars(made).update({name: dict(x) if isinstance(x, dict) else x for name, x in vars(module).items()})
+        children = {name: child and _cloned_tree(child, known) for name, child in module._modules.items()}
+        vars(made)["_modules"] = children
+    return known[module]
 
 
 class _Comparison:
