@@ -84,9 +84,7 @@ def chain_of(form: int, trained: Tensor, kept: Tensor | None = None) -> Tensor:
 
     They are in at least float32, except for vectors that are used as they are.
     """
-    vectors = from_pairs(trained) if form & PAIRS else trained
-    if kept is not None:
-        vectors = without(vectors, kept)
+    vectors = vectors_of(form, trained, kept)
     return householder.orthonormalize(vectors) if form & GRAM_SCHMIDT else vectors
 
 

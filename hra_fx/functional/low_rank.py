@@ -26,8 +26,8 @@ from hra_fx.functional.householder import normalize, span
 
 #: Singular values below this fraction of the largest one are rounding errors of float32 factors.
 _NEGLIGIBLE = 2.0**-27
-#: The number of entries of a weight that are converted at a time; they fit into the cache of a CPU.
-_BLOCK = 1 << 18
+#: The number of rows of a weight that are converted at a time.
+_BLOCK = 256
 
 
 class LowRankDelta(NamedTuple):
@@ -67,9 +67,7 @@ def project(rows: Tensor, V: Tensor) -> Tensor:
     """
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     wide = V.to(rows.device, dtype)
-    step = max(1, _BLOCK // max(1, rows.shape[1]))
-    blocks = [rows[i : i + step].to(dtype) @ wide for i in range(0, len(rows), step)]
-    return torch.cat(blocks).cpu().double()
+    return torch.cat([block.to(dtype) @ wide for block in torch.split(rows, _BLOCK)]).cpu().double()
 
 
 def low_rank_delta(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = None) -> LowRankDelta:

@@ -98,11 +98,7 @@ def factors_for(adapters: Any, x: Tensor) -> Factors | None:
         rows, down, has_graph = adapters.traced
         if has_graph or not torch.is_grad_enabled():
             return rows.to(dtype), down.to(dtype)
-    if not is_dynamo_compiling() and compat.is_torchscript_tracing():
-        # torch.jit.trace orders the results of a module at random, and compares two traces.
-        own: Factors | None = adapters.factors(dtype)
-    else:
-        own = adapters(dtype=dtype)
+    own: Factors | None = adapters(dtype=dtype)
     return own
 
 

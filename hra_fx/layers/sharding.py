@@ -80,12 +80,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return gathered.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The local part of a tensor: the local shard of a `DTensor`, otherwise the tensor itself."""
-    shards: Any = tensor
-    return shards.to_local() if is_dtensor(tensor) else tensor
-
-
 def distribute_like(values: Tensor, like: Tensor) -> Tensor:
     """Distribute values that every process has, or that are distributed, like the tensor `like`. No communication."""
     if not is_dtensor(like) or is_dtensor(values):

@@ -124,7 +124,7 @@ def width_of(layer: nn.Module) -> int:
 
 
 def describe(layer: nn.Module) -> str:
-    """Describe a layer briefly, for tables and errors: `Conv2d 8->16 3x5, groups 2`."""
+    """Describe a layer briefly, for tables and errors: `Conv2d 8->16 3x5`."""
     if isinstance(layer, nn.Linear):
         return f"Linear {layer.in_features}->{layer.out_features}"
     if is_conv1d(layer):
@@ -138,5 +138,4 @@ def describe(layer: nn.Module) -> str:
         sizes = f" {layer.in_features}->{layer.out_features}" if is_packed(layer) else ""
         return type(layer).__name__ + sizes
     size = "x".join(map(str, layer.kernel_size))
-    groups = f", groups {layer.groups}" if layer.groups > 1 else ""
-    return f"Conv{len(layer.kernel_size)}d {layer.in_channels}->{layer.out_channels} {size}{groups}"
+    return f"{kind_of(layer).capitalize()} {layer.in_channels}->{layer.out_channels} {size}"

@@ -45,18 +45,6 @@ class Calling(nn.Module):
         return self.after(torch.tanh(self.fc(x)))
 
 
-class Pair(nn.Module):
-    """Two layers. The second one may have another parent too."""
-
-    def __init__(self, shared: nn.Module) -> None:
-        super().__init__()
-        self.own = nn.Linear(6, 6)
-        self.shared = shared
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.shared(torch.tanh(self.own(x))))
-
-
 class TwoPaths(nn.Module):
     """A parent that has and calls a layer by two names."""
 
@@ -68,21 +56,6 @@ class TwoPaths(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.again(torch.tanh(self.between(torch.tanh(self.first(x)))))
-
-
-class TwoParents(nn.Module):
-    """Two traced parents share a layer under a root that cannot be traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shared = nn.Linear(6, 6)
-        self.left, self.right = Pair(shared), Pair(shared)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.left(x)
-        if bool(x.sum() > 1e9):
-            return x
-        return self.right(x)
 
 
 def albert() -> nn.Module:
@@ -144,7 +117,6 @@ ROWS = normal(1, 4, 6)
 #: Layers that are reached more than once.
 SHARED = {
     "two paths": Case(TwoPaths, ("first", "between"), ROWS, sites=("first", "between")),
-    "two parents": Case(TwoParents, ("own", "shared"), ROWS, sites=("left.own", "left.shared", "right.own")),
     "albert": Case(
         albert,
         ("query", "ffn", "ffn_output"),

@@ -108,20 +108,6 @@ def test_a_model_called_within_another_and_in_another_thread() -> None:
         assert_right(base, inner, result)
 
 
-def test_a_forward_that_is_interrupted() -> None:
-    base, model = adapted()
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    handle = model.two.register_forward_pre_hook(stop)
-    with pytest.raises(KeyboardInterrupt):
-        model(X)
-    handle.remove()
-    model.one.hra_u["default"].data.neg_().add_(1.0)
-    assert_right(base, model, model.three(torch.tanh(model.two(torch.tanh(model.one(X))))))
-
-
 class Island(nn.Module):
     """Computes in float32 under autocast."""
 
@@ -165,20 +151,6 @@ def test_vectors_that_change_in_a_forward_count_from_then_on(grad: bool) -> None
         vectors = [vectors_of(model)[name] for name in names]
         gradients = torch.autograd.grad(wanted.sum(), vectors)
         assert all(relative_error(own.grad, right) < 1e-9 for own, right in zip(vectors, gradients, strict=True))
-
-
-@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")  # a size
-def test_torchscript() -> None:
-    base, model = adapted()
-    assert_right(base, model, torch.jit.trace(model, X)(X))
-
-
-def test_nested_tensors() -> None:
-    _, model = adapted()
-    rows = [normal(3, 2, 12), normal(4, 5, 12)]
-    found = model.one(torch.nested.nested_tensor(rows, layout=torch.jagged))
-    for one, row in zip(found.unbind(), rows, strict=True):
-        assert relative_error(one, model.one(row)) < 1e-12
 
 
 # ---- forwards with one cache are steps of a generation, and use the factors of the first one ----

@@ -78,10 +78,6 @@ def test_any_linear(
     compare(base, model, normal(seed, *shape, d), 1e-9, floor=1.0)
 
 
-def test_linear_on_a_strided_input() -> None:
-    compare(*adapted(nn.Linear(7, 12, dtype=F64), 3), normal(1, 7, 6).mT, 1e-9)
-
-
 # Convolutions
 
 CONVOLVED: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

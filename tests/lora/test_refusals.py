@@ -25,7 +25,7 @@ from hra_fx import HRAConfig
 from hra_fx.errors import AdapterError, CheckpointError, FoldError, HRAError, UnsupportedLayerError
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), "layer: Conv2d 4->6 3x3, groups 2 has groups, so the change"),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), "layer: Conv2d 4->6 3x3 has groups, so the change"),
     "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), "layer: Conv1d 4->6 3 is dilated, which PEFT's LoRA does not"),
     "padding mode": (
         lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),

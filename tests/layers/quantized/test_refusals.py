@@ -99,10 +99,3 @@ def test_all_linear_selects_layers_of_all_libraries() -> None:
     layers = [quantized(scheme)[0] for scheme in SCHEMES]
     model = hra_fx.transform(nn.Sequential(*layers), hra_fx.HRAConfig(r=2, target_modules="all-linear"))
     assert len(hra_fx.report(model).rows) == len(SCHEMES)
-
-
-def test_quantized_layers_without_an_adapter_do_not_matter() -> None:
-    model = nn.ModuleDict({"packed": quantized(NF4), "head": nn.Linear(32, 8)})
-    hra_fx.transform(model, config("head", inference_mode=True))
-    hra_fx.fold(model)
-    assert type(model["head"]) is nn.Linear

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import randomise
 from layers.quantized.bases import EXACT, SCHEMES, adapted, config, inputs, quantized, values
 from lora.kinds import exported_change
 from oracles import layer_q, relative_error
 from tiny import llama
 from tiny_models import config_for
-from torch import nn
-from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hra_fx
@@ -59,20 +56,6 @@ def test_a_state_dict_goes_round(scheme: str) -> None:
     # Python 3.11.2 pickles torchao's enumerations in a way that torch.load takes for code.
     other.load_state_dict(torch.load(file, weights_only=False))
     assert torch.equal(other(inputs()), model(inputs()))
-
-
-def test_int4_of_gpus_is_adapted_and_not_folded() -> None:
-    """A layer as `Int4WeightOnlyConfig` creates it on a GPU. A CPU has no kernel to create or to call it."""
-    layer = nn.Linear(64, 32, dtype=torch.bfloat16)
-    scale, zero = torch.ones(2, 32, dtype=torch.bfloat16), torch.zeros(2, 32, dtype=torch.bfloat16)
-    weight = Int4Tensor(torch.zeros(32, 32, dtype=torch.int8), scale, zero, [1, 32], torch.Size([32, 64]))
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    model = hra_fx.transform(nn.Sequential(layer), config("0"))
-    randomise(model)
-    (row,) = hra_fx.report(model)
-    assert row.weight_change is None and row.angle is not None and row.angle > 0
-    with pytest.raises(FoldError, match=r"torchao, Int4Tensor\), and cannot be folded"):
-        hra_fx.fold(model)
 
 
 def test_a_model_of_transformers_is_not_dequantized_under_its_adapters(tmp_path: Path) -> None:
