@@ -165,11 +165,12 @@ def footnotes(
 ) -> dict[str, list[str]]:
     """Heading -> lines of the footnotes: which layers have no adapter and why (each reason once), possible errors."""
     lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
+    wrong = [row.path for row in rows if (row.orthogonality or 0) > _NOT_ORTHOGONAL]
     found = {
         f"Targeted, but not adapted: {counted(len(lost), 'layer')}": _by_reason(lost),
         "Trained in full:": [_listed(trained_in_full)] if trained_in_full else [],
         f"Not adapted: {counted(len(others), 'layer')}": _by_reason(others),
-        "Q is not orthogonal:": _not_orthogonal(rows),
+        f"Q is not orthogonal (|Q'Q - I| > {_NOT_ORTHOGONAL}):": [_listed(wrong)] if wrong else [],
     }
     return {title: lines for title, lines in found.items() if lines}
 
@@ -186,11 +187,3 @@ def _listed(paths: Iterable[str]) -> str:
     shown = [name + f" ({len(own)})" * (len(own) > 1) for name, own in names[:_NAMES]]
     rest = sum(len(own) for _, own in names[_NAMES:])
     return ", ".join(shown) + f" and {rest:,} more" * (rest > 0)
-
-
-def _not_orthogonal(rows: Collection[Row]) -> list[str]:
-    wrong = [row for row in rows if (row.orthogonality or 0) > _NOT_ORTHOGONAL]
-    if not wrong:
-        return []
-    worst = max(wrong, key=lambda row: row.orthogonality or 0)
-    return [f"|Q'Q - I| is up to {worst.orthogonality:.0e}, at {worst.path} ({worst.adapter})"]

@@ -89,5 +89,5 @@ def test_repeated_layers_are_one_line_with_the_ranges_of_their_values() -> None:
 
 def test_a_footnote_names_vectors_that_are_not_orthogonal() -> None:
     found = report_of(row("good"), row("bad", orthogonality=0.02), row("none", orthogonality=math.nan))
-    assert "|Q'Q - I| is up to 2e-02, at bad (default)" in str(found)
+    assert "Q is not orthogonal (|Q'Q - I| > 0.001):\n  bad\n" in str(found)
     assert "not orthogonal" not in str(REPORT)

@@ -134,7 +134,6 @@ PEFT: dict[str, Any] = {
     "LoRA": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
     "HRA": peft.HRAConfig(**FIELDS),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3),
-    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3),
 }
 
 
