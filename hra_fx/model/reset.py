@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import device_of_values, distribute_like, is_dtensor, on_first_rank
-from hra_fx.layers.trained_copies import BASE, all_copies
+from hra_fx.layers.sharding import device_of_values, distribute_like, on_first_rank
+from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, names_in, root_of
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import without_removed_arguments
@@ -19,12 +19,11 @@ from hra_fx.removed import without_removed_arguments
 
 @without_removed_arguments
 def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
-    """Initialize adapters again as configured: vectors and trained copies.
+    """Initialize the vectors of adapters again as configured.
 
     `transform` of a model on the meta device creates vectors without data. Call this function when the model has its
     weights (after `to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors
-    of `target_modules` equal those of `transform` and `add_adapter` on a model with weights. Trained copies
-    (`modules_to_save`, `bias`) get the values of the base model.
+    of `target_modules` equal those of `transform` and `add_adapter` on a model with weights.
 
     With `fully_shard`, call this in every process after `to_empty`. Each one gets its shard of the vectors that the
     first process draws.
@@ -34,8 +33,8 @@ def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None =
         adapter_names: the adapters; `None` for all, in the order in which they were added.
 
     Raises:
-        AdapterError: the model has no such adapter; adapters are merged or have a scale other than 1; a layer is on
-            the meta device; or accelerate offloads trained copies. The model is unchanged.
+        AdapterError: the model has no such adapter; adapters are merged, have a scale other than 1 or trained copies
+            (`modules_to_save`, `bias`); or a layer is on the meta device. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -50,32 +49,23 @@ def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None =
     root, state = root_of(model)
     names = names_in(state, state.configs if adapter_names is None else adapter_names)
     check_whole(root, "reset its adapters")
-    base = {  # adapter -> (path of a module, name of its tensor) -> the base model's value of a trained copy
-        name: {
-            (path, entry): copies.get(owner, BASE, entry)
-            for path, (owner, copies) in all_copies(root).items()
-            for entry in copies.copied.get(name, ())
-        }
-        for name in names
-    }
     for name in names:
         check_replaceable(root, state, name)
-        on_meta = {path: layer.hra_u.device_of(layer).type == "meta" for path, layer in layers_of(root, name).items()}
-        on_meta |= {f"{path}.{entry}": tensor.is_meta for (path, entry), tensor in base[name].items()}
-        if path := next((path for path, is_meta in on_meta.items() if is_meta), None):
+        if copies_of(root, name):
             raise AdapterError(
-                f"{path}: its weight is on the meta device. Call model.to_empty(device=...) or "
-                "model.load_state_dict(..., assign=True) first."
+                f"adapter {name!r} has trained copies (modules_to_save or bias), which start from the base model's "
+                "weights. Load these before hra_fx.transform, or call hra_fx.load_adapter."
             )
-        if place := next((place for place, tensor in base[name].items() if is_dtensor(tensor)), None):
-            raise AdapterError(
-                f"{'.'.join(place)}: its trained copy (modules_to_save or bias) is sharded, and set_model_state_dict "
-                "fills the copy, not the base model. Load the weights before hra_fx.transform, or load an adapter."
-            )
+        for path, layer in layers_of(root, name).items():
+            if layer.hra_u.device_of(layer).type == "meta":
+                raise AdapterError(
+                    f"{path}: its weight is on the meta device. Call model.to_empty(device=...) or "
+                    "model.load_state_dict(..., assign=True) first."
+                )
     with torch.inference_mode(False):
         for name in names:
             vectors = {path: _start(layer, name) for path, layer in layers_of(root, name).items()}
-            replace_values(root, name, vectors, base[name])
+            replace_values(root, name, vectors, {})
 
 
 def _start(layer: AdaptedLayer, name: str) -> Tensor:

@@ -23,18 +23,9 @@ X = normal(4, 6)
 # ---- adding: the order of parameters, by which an optimizer's state is saved, and what can be trained ----
 
 
-@pytest.mark.parametrize(
-    ("targets", "fields"),
-    [
-        (["head", "first"], {}),
-        (["first", "second"], {"bias": "hra_only"}),
-        (["second"], {"modules_to_save": ["head"]}),
-    ],
-)
-def test_another_adapter_leaves_the_order_and_the_flags(
-    targets: list[str], fields: dict[str, Any], tmp_path: Path
-) -> None:
+def test_another_adapter_leaves_the_order_and_the_flags(tmp_path: Path) -> None:
     """`second` has trained copies before it gets reflections, and `first` has reflections first."""
+    settings = config("first", "second", bias="hra_only", modules_to_save=["head"])
     saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
     model = adapted(net(), a=config("first", **saved), b=config("second"))[1]
     hra_fx.set_adapter(model, "a")
@@ -44,9 +35,9 @@ def test_another_adapter_leaves_the_order_and_the_flags(
         return [(name, tensor.requires_grad) for name, tensor in tensors]
 
     before = order()
-    hra_fx.save_adapter(adapted(net(), c=config(*targets, **fields))[1], tmp_path)
+    hra_fx.save_adapter(adapted(net(), c=settings)[1], tmp_path)
     for add in (
-        lambda: hra_fx.add_adapter(model, "c", config(*targets, **fields)),
+        lambda: hra_fx.add_adapter(model, "c", settings),
         lambda: hra_fx.load_adapter(model, tmp_path, "c"),
     ):
         add()

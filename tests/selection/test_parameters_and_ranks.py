@@ -72,10 +72,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"modules_to_save": ["experts"]},
         r"hra_gate_up_proj: a layer cannot be both .*\. Use longer names in `target_parameters`, or use a l",
     ),
-    (
-        {"r": 17, "apply_GS": True},
-        r"hra_gate_up_proj .*`r` must be at most 16",
-    ),
+    ({"r": 17, "apply_GS": True}, r"hra_gate_up_proj .*`r` must be at most 16"),
 ]
 
 

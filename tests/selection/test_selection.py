@@ -124,17 +124,11 @@ EXPERTS = "`target_modules` does not select 3-D parameters. Use target_parameter
 
 @pytest.mark.needs("transformers>=5.6")
 def test_names_of_parameters_in_target_modules_get_a_hint() -> None:
-    with pytest.raises(SelectionError) as caught:
-        select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
-    assert str(caught.value) == (
-        "`target_modules=['down_proj', 'gate_up_proj']` matches no module of MixtralForCausalLM. "
-        f"{EXPERTS}['experts.gate_up_proj', 'experts.down_proj']."
-    )
-    assert warned(mixtral(), target_modules=["q_proj", "gate_up_proj"]) == [
-        f"`target_modules`: ['gate_up_proj'] match no module of MixtralForCausalLM. {EXPERTS}['experts.gate_up_proj']."
-    ]
-    with pytest.raises(SelectionError, match=re.escape(f"{EXPERTS}['experts.gate_up_proj', ")):
-        select(mixtral(), HRAConfig(target_modules=["experts"]))
+    (warning,) = warned(mixtral(), target_modules=["q_proj", "gate_up_proj"])
+    assert f"{EXPERTS}['experts.gate_up_proj']." in warning
+    for names in (["gate_up_proj", "down_proj"], ["experts"]):
+        with pytest.raises(SelectionError, match=re.escape(f"{EXPERTS}['experts.gate_up_proj', 'experts.down_proj'].")):
+            select(mixtral(), HRAConfig(target_modules=names))
 
 
 @pytest.mark.needs("peft>=0.21")
@@ -188,20 +182,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "LazyLinear": (lambda: nn.LazyLinear(6), "not initialized", "Run the model once first"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
-        "its `weight` is computed from other parameters in each call, so it cannot be folded. ",
+        "its `weight` is computed from other parameters in each call",
         "remove_parametrizations",
     ),
     "int8": (lambda: with_weight(torch.ones(6, 6, dtype=torch.int8)), "got torch.int8", "Exclude the layer"),
-    "subclass": (
-        lambda: with_weight(torch.ones(6, 6).as_subclass(Marked)),
-        "its weight must be a plain floating-point tensor, got Marked",
-        "Exclude the layer",
-    ),
-    "packed": (
-        lambda: with_weight(torch.ones(18, 2)),
-        "packed or empty: expected shape (6, 6), got (18, 2)",
-        "Exclude the layer",
-    ),
+    "subclass": (lambda: with_weight(torch.ones(6, 6).as_subclass(Marked)), "tensor, got Marked", "Exclude the layer"),
+    "packed": (lambda: with_weight(torch.ones(18, 2)), "expected shape (6, 6), got (18, 2)", "Exclude the layer"),
 }
 
 
@@ -216,13 +202,9 @@ def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, fix: str) 
     assert reason in message and fix in message
 
 
-@pytest.mark.parametrize(
-    ("layer", "width"), [(nn.Linear(4, 9), 4), (nn.Conv2d(6, 6, (1, 3), groups=6), 3)], ids=["Linear", "Conv2d"]
-)
-def test_more_vectors_than_dimensions(layer: nn.Module, width: int) -> None:
-    message = refused(nn.Sequential(layer), config("0", r=width + 1, apply_GS=True))
-    assert f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer" in message
-    assert f"got {width + 1}. Lower `r`, set `apply_GS=False`" in message
+def test_more_vectors_than_dimensions() -> None:
+    message = refused(nn.Sequential(nn.Conv2d(6, 6, (1, 3), groups=6)), config("0", r=4, apply_GS=True))
+    assert "`r` must be at most 3, the input dimension of the layer, got 4. Lower `r`, set `apply_GS=False`" in message
 
 
 # ---- the model ----
@@ -236,11 +218,9 @@ def test_peft_adapter_inside() -> None:
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["torch.compile", "DataParallel"])
-@pytest.mark.parametrize("use", ["transform", "load_adapter"])
-def test_a_wrapper_that_renames_parameters_comes_after(wrap: Any, use: str, tmp_path: Path) -> None:
-    settings = hra_fx.HRAConfig(r=2, target_modules=["0"])
-    hra_fx.save_adapter(hra_fx.transform(nn.Sequential(nn.Linear(6, 4)), settings), tmp_path)
-    argument = tmp_path if use == "load_adapter" else settings
-    name = "DataParallel" if wrap is nn.DataParallel else r"torch\.compile"
-    with pytest.raises(UnsupportedLayerError, match=f"^the model: {name} adds a prefix .* Adapt the model first, then"):
-        getattr(hra_fx, use)(wrap(nn.Sequential(nn.Linear(6, 4))), argument)
+def test_a_wrapper_that_renames_parameters_comes_after(wrap: Any, tmp_path: Path) -> None:
+    settings = config("0")
+    hra_fx.save_adapter(hra_fx.transform(mlp(), settings), tmp_path)
+    for act in (lambda model: hra_fx.transform(model, settings), lambda model: hra_fx.load_adapter(model, tmp_path)):
+        with pytest.raises(UnsupportedLayerError, match=r"^the model: \S+ adds a prefix .* Adapt the model first"):
+            act(wrap(mlp()))
