@@ -24,9 +24,6 @@ from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 from hra_fx.model.state import get_state
 from hra_fx.removed import NAMES
 
-#: In the key of a trained copy in a `state_dict`, instead of the name of an adapter that the model does not have.
-_ANOTHER = "of_another_adapter"
-
 
 class AdaptedModel(SwapMixin):
     """A model that was transformed."""
@@ -96,13 +93,13 @@ def _rename(state: dict[str, Any], place: str, copies: Copies, theirs: set[str])
     """Rename the tensors of one module in a `state_dict`, whose adapters are `theirs`, to their names in the model."""
     for name in copies.names:
         owners = (BASE, *(adapter for adapter, names in copies.copied.items() if name in names))
-        keys = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in (*owners, _ANOTHER)}
+        keys = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in owners}
         values: dict[str, Tensor] = {owner: state.pop(keys[owner]) for owner in owners if keys[owner] in state}
         if f"{place}{name}" in state:
-            # The copy in use is the one without another name: of an adapter of the state_dict, else of the base model,
-            # else of an adapter that the model does not have; load_state_dict reports its key.
+            # The copy in use is the one without another name: of an adapter of the state_dict, else of the base model.
+            # If the base model has another name, it is of an adapter that this model does not have.
             used = next((owner for owner in owners if owner in theirs and owner not in values), BASE)
-            values[_ANOTHER if used in values else used] = state.pop(f"{place}{name}")
+            values.setdefault(used, state.pop(f"{place}{name}"))
         keys[copies.in_use if copies.in_use in owners else BASE] = f"{place}{name}"
         state.update({keys[owner]: value for owner, value in values.items()})
 

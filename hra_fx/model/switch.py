@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterable
 from types import TracebackType
 
 from torch import Tensor, nn
 
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError
 from hra_fx.layers.sharding import reshard
-from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, names_in, root_of
 from hra_fx.model.trainable import activate, check_copies, check_copies_can_switch, sync_layers
 from hra_fx.model.whole import check_whole
@@ -141,9 +139,6 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         AdapterError: the model has no such adapter, adapters are merged, `alpha` is out of range, or a layer
             has an odd number of reflections: its `Q` is not a rotation, so it cannot be scaled. The model is unchanged.
 
-    Warns:
-        HRAWarning: the adapter has trained copies.
-
     Example:
         >>> from hra_fx import HRAConfig, report, transform
         >>> config = HRAConfig(r=2, init_weights=False, target_modules=["0"])
@@ -168,6 +163,3 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
             raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
     for path, adapters in layers.items():
         adapters.scale(name, float(alpha), chains.get(path))
-    if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
-        text = f"adapter {name!r}: the scale only affects reflections, not trained modules and biases."
-        warnings.warn(text, HRAWarning, stacklevel=2)
