@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import tiny
 import torch
-import transformers
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -16,10 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import hra_fx
 
 F64 = torch.float64
-SIZES = {
-    **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
-    **{"vocab_size": 19},
-}
+SMALL: dict[str, Any] = tiny.SMALL | {"vocab_size": 19, "initializer_range": 0.02}
+ONE_HEAD = {"num_key_value_heads": 1, "use_cache": False}
 
 
 def mlp() -> nn.Module:
@@ -36,32 +34,19 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn, self.norm, self.head = (
-            nn.MultiheadAttention(8, 2, batch_first=True),
-            nn.LayerNorm(8),
-            nn.Linear(8, 3),
-        )
+        self.attn, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
 
-    def forward(self, x: Tensor) -> Any:
-        return self.head(self.norm(x + self.attn(x, x, x)[0]).mean(1))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.attn(x, x, x)[0])
 
 
-def llama(*, checkpointing: bool = False, **fields: Any) -> nn.Module:
-    settings = {**SIZES, "num_key_value_heads": 1, "use_cache": False, **fields}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-    if checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+llama = partial(tiny.llama, **SMALL, **ONE_HEAD)
+
+
+def checkpointed() -> nn.Module:
+    model = llama()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
-
-
-def mixtral() -> nn.Module:
-    sizes = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 2, "experts_implementation": "eager"}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, use_cache=False))
-
-
-def bert() -> nn.Module:
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **still, num_labels=3))
 
 
 def vectors(count: int) -> Tensor:
@@ -125,16 +110,21 @@ CASES: dict[str, Case] = {
     "convolutions": Case(convolutions, images, {"target_modules": ["0", "2", "5"]}, ("0", "2")),
     "attention": Case(Attention, sequences, {"target_modules": ["attn", "attn.out_proj", "head"]}, ("attn", "head")),
     "llama": Case(llama, tokens, PROJECTIONS, LAYERS),
-    "llama, checkpointing": Case(lambda: llama(checkpointing=True), tokens, PROJECTIONS, LAYERS),
+    "llama, checkpointing": Case(checkpointed, tokens, PROJECTIONS, LAYERS),
     "bert": Case(
-        bert,
+        partial(tiny.bert, **SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3),
         tokens,
         {"target_modules": ["query", "key", "dense"], "modules_to_save": ["classifier"]},
         ("bert.encoder.layer.0", "bert.encoder.layer.1"),
     ),
 }
 
-EXPERTS = Case(mixtral, tokens, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, LAYERS)
+EXPERTS = Case(
+    partial(tiny.mixtral, **SMALL, **ONE_HEAD, num_local_experts=2, experts_implementation="eager"),
+    tokens,
+    {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    LAYERS,
+)
 
 
 def shard(model: nn.Module, units: Iterable[str] = ()) -> nn.Module:
