@@ -1,34 +1,21 @@
-"""Training in two processes, by hand and by the Trainer: the losses and the vectors are those of one process."""
+"""Training in two processes by hand: the losses and the vectors are those of one process."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import (
-    CASES,
-    EXPERTS,
-    F64,
-    close,
-    output,
-    part_of,
-    same,
-    shard,
-    train,
-    trained,
-)
-from torch import distributed, nn
+from integrations.distributed.trained import CASES, EXPERTS, F64, close, output, part_of, same, shard, train, trained
+from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
 
 import hra_fx
 from hra_fx.errors import AdapterError
 
-MLP, BERT = CASES["mlp, whole"], CASES["bert"]
+MLP = CASES["mlp, whole"]
 
 
 def several_adapters(rank: int, folder: Path) -> None:
@@ -66,37 +53,6 @@ def mixed_precision(rank: int, folder: Path) -> None:
     assert (found.to(F64) - wanted).abs().max() < 2e-2
 
 
-def trainer(rank: int, folder: Path) -> None:
-    """The whole batch is 8: four for each of two processes, against one process with all and a loop by hand.
-
-    Each process adds the distance to the base for a batch of its own.
-    """
-    model = BERT.model()
-    arguments = TrainingArguments(
-        **{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1},
-        **{"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "use_cpu": True, "report_to": []},
-        # Else transformers doubles the loss of a model that takes **kwargs and averages by itself, as BERT does.
-        average_tokens_across_devices=False,
-        **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False},
-    )
-    x, labels = BERT.data()
-    items: Any = [{"input_ids": row, "labels": label} for row, label in zip(x, labels, strict=True)]
-    run = Trainer(model, arguments, train_dataset=items)
-    samples = torch.arange(8).view(2, 2, 2)
-    hra_fx.add_distance_to_base(run, list(samples), weight=0.5)
-    run.train()
-    assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
-    alone: Any = BERT.model()
-    optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):
-        loss = alone(input_ids=x, labels=labels).loss
-        loss = loss + 0.5 * hra_fx.distance_to_base(alone, samples.flatten(0, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    same(trained(alone), trained(model), within=1e-12)
-
-
 def different_samples(rank: int, folder: Path) -> None:
     """Padded batches of different numbers and lengths give what all texts give one process, in all processes."""
     ids = torch.randint(1, 19, (5, 6), generator=torch.Generator().manual_seed(0))
@@ -124,6 +80,4 @@ def different_samples(rank: int, folder: Path) -> None:
         assert close(output(wrapped, case), before)
 
 
-CHECKS: dict[str, Check] = {
-    check.__name__: check for check in (several_adapters, mixed_precision, trainer, different_samples)
-}
+CHECKS: dict[str, Check] = {check.__name__: check for check in (several_adapters, mixed_precision, different_samples)}
