@@ -14,22 +14,15 @@ passed.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from learning import kept, page
 from learning.keeping import ALL
-from learning.methods import METHODS
 from learning.rates import chosen
-from learning.records import FILE, Record, read
+from learning.records import Record, read
 from learning.running import Run, run_all
 from learning.table import task_table, tasks_table
 from learning.tasks import TASKS
-from learning.training import run
-
-SMOKE = "teacher-rotation"
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -46,17 +39,15 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", action="store_true", help="read the test split with --lr too")
     parser.add_argument("--float32", action="store_true", help="compute nothing in bfloat16")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each (default 2)")
-    parser.add_argument("--file", type=Path, default=FILE, help="the records (default docs/results.json)")
-    parser.add_argument("--smoke", action="store_true", help="each method on a few examples, stored nowhere")
     options = parser.parse_args(arguments)
-    if options.method and not options.task and not options.smoke:
+    if options.method and not options.task:
         parser.error("--method needs --task")
     return options
 
 
 def planned(options: argparse.Namespace) -> Iterator[Run]:
     """The runs that should be there."""
-    records = read(options.file)
+    records = read()
     for seed in options.seed or [] if options.kept else []:
         yield from (
             Run(task, method, seed, _rate(records, task, method) if lr is None else lr)
@@ -78,14 +69,8 @@ def _rate(records: Sequence[Record], task: str, method: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the runs, and print tables of the records."""
     options = options_of(arguments)
-    if options.smoke:
-        for method in options.method or METHODS:
-            for task in options.task or [SMOKE]:
-                for record in run(task, method, 0, 1e-3, test=True, tiny=True):
-                    print(json.dumps(dataclasses.asdict(record)), flush=True)
-        return 0
-    run_all(planned(options), options.jobs, options.file)
-    records = read(options.file)
+    run_all(planned(options), options.jobs)
+    records = read()
     if options.kept:
         page.write(records)
         return 0

@@ -50,17 +50,17 @@ class Record:
     moved: float | None = None
 
 
-def read(file: Path = FILE) -> list[Record]:
-    """All records of a file, in the order of the runs."""
-    return [Record(**entry) for entry in json.loads(file.read_text())] if file.exists() else []
+def read() -> list[Record]:
+    """All records, in the order of the runs."""
+    return [Record(**entry) for entry in json.loads(FILE.read_text())]
 
 
-def write(records: Iterable[Record], file: Path = FILE) -> None:
+def write(records: Iterable[Record]) -> None:
     """Write records, one to a line, over the file at once."""
     lines = [json.dumps(dataclasses.asdict(entry)) for entry in records]
-    new = file.with_suffix(".new")
+    new = FILE.with_suffix(".new")
     new.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    new.replace(file)
+    new.replace(FILE)
 
 
 def of(records: Sequence[Record], task: str, method: str) -> list[Record]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from speed.environment import commit
 
-from learning.records import FILE, Record, read, write
+from learning.records import Record, read, write
 from learning.tasks import TASKS
 from learning.training import run
 
@@ -39,11 +39,7 @@ class Run:
         )
 
 
-#: Makes a run.
-Make = Callable[[Run], list[Record]]
-
-
-def run_all(runs: Iterable[Run], jobs: int, file: Path = FILE, make: Make | None = None) -> None:
+def run_all(runs: Iterable[Run], jobs: int) -> None:
     """Make the runs that are missing, and write the records of each when it ends.
 
     Stop it at any time: the next call continues from the existing records.
@@ -51,41 +47,32 @@ def run_all(runs: Iterable[Run], jobs: int, file: Path = FILE, make: Make | None
     Args:
         runs: what should be there.
         jobs: runs side by side.
-        file: the file of records.
-        make: makes a run; for tests.
 
     Raises:
         SystemExit: the process of a run failed or was killed.
     """
     commit()  # of the code that is imported now, which the processes inherit
-    todo = [planned for planned in runs if not planned.is_among(read(file))]
+    todo = [planned for planned in runs if not planned.is_among(read())]
     running: dict[Connection, Run] = {}
     while todo or running:
         while todo and len(running) < jobs:
             planned = todo.pop(0)
-            if make is None:
-                TASKS[planned.task](0).model()  # what tasks cache is read once, and each process gets a copy
-            running[started(make or make_run, planned)] = planned
+            TASKS[planned.task](0).model()  # what tasks cache is read once, and each process gets a copy
+            running[started(planned)] = planned
         for done in cast(list[Connection], wait(list(running))):
             planned = running.pop(done)
             try:
                 records = done.recv()
             except EOFError:
                 raise SystemExit(f"The process of a run ended without a result: {planned}") from None
-            write([*read(file), *records], file)
+            write([*read(), *records])
             print(*records, sep="\n", flush=True)
 
 
-def started(make: Make, planned: Run) -> Connection:
+def started(planned: Run) -> Connection:
     """Start a run in a process of its own, so that its peak memory is its own; return where its records arrive."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    fork.Process(target=lambda: sender.send(make(planned)), daemon=True).start()
+    fork.Process(target=lambda: sender.send(run(*dataclasses.astuple(planned))), daemon=True).start()
     sender.close()  # the process has the only other end: if it is killed, `recv` raises EOFError
     return receiver
-
-
-def make_run(planned: Run) -> list[Record]:
-    """Make one run."""
-    options: dict[str, Any] = {"r": planned.r, "test": planned.test, "float32": planned.float32}
-    return run(planned.task, planned.method, planned.seed, planned.lr, **options)

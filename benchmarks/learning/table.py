@@ -23,21 +23,12 @@ def label(method: str) -> str:
     return ALL[name].label + (f", scaled by {scale}" if scale else "")
 
 
-def task_table(
-    records: Sequence[Record], task: str, methods: Sequence[str] | None = None, seeds: Sequence[int] = SEEDS
-) -> str:
-    """A row for each method that was tested on a task: its size and rate, its score, what it retains, and its costs.
-
-    Args:
-        records: the records.
-        task: the name of the task.
-        methods: those of the table; by default all, in the order of their first runs.
-        seeds: those of the means.
-    """
+def task_table(records: Sequence[Record], task: str) -> str:
+    """A row for each method that was tested on a task: its size and rate, its score, what it retains, and its costs."""
     tested = {run.method: None for run in records if run.task == task and run.test is not None}
     rows, names = [], list[str]()
-    for method in methods or tested:
-        runs = [run for run in final_runs(records, task, method) if run.seed in seeds]
+    for method in tested:
+        runs = [run for run in final_runs(records, task, method) if run.seed in SEEDS]
         if runs:
             names = names or list(runs[0].retention)
             rows.append([label(method), *_cells(records, runs, names)])

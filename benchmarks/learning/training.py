@@ -30,11 +30,11 @@ def run(
     method_name: str,
     seed: int,
     lr: float,
-    *,
     r: int | None = None,
-    test: bool,
-    tiny: bool = False,
+    test: bool = True,
     float32: bool = False,
+    *,
+    tiny: bool = False,
 ) -> list[Record]:
     """Train once and return the record, and those of the trained model at other scales.
 

@@ -4,7 +4,7 @@
     PYTHONPATH=benchmarks python -m speed --quick                  # the main settings, about six minutes
     PYTHONPATH=benchmarks python -m speed --few                    # few tokens in models whose projections all adapt
     PYTHONPATH=benchmarks python -m speed --smoke                  # every mode on a tiny model, in seconds
-    PYTHONPATH=benchmarks python -m speed --only bfloat16 --budget 0.1
+    PYTHONPATH=benchmarks python -m speed --only bfloat16
 
 Results go to build/speed as JSON.
 """
@@ -30,7 +30,6 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     for run in ("quick", "few", "smoke"):
         parser.add_argument(f"--{run}", action="store_const", const=run, default="full", dest="run")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="only settings with all these words")
-    parser.add_argument("--budget", type=float, default=1.0, metavar="TIMES", help="factor for the time per setting")
     parser.add_argument(
         "--processor", action="store_true", help="measure CPU time instead of wall time, for a busy machine"
     )

@@ -65,7 +65,7 @@ def caveats(about: dict[str, Any]) -> list[str]:
         by_processor = about.get("seconds") == CPU_TIME
         found.append(f"{busy}{'; times are CPU times' if by_processor else ': the ratios are unsure'}.")
     if about.get("measured") == "a part":
-        found.append("Only a part of the settings was measured, or for a shorter time.")
+        found.append("Only a part of the settings was measured.")
     return found
 
 

@@ -7,7 +7,7 @@ five minutes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from speed.methods import COMPILERS, INFERENCE, TRAINING
 from speed.setting import Mode, Setting
@@ -28,13 +28,6 @@ class Job:
     setting: Setting
     methods: Sequence[str]
     budget: Budget
-
-    def scaled(self, factor: float) -> Job:
-        """The job with its time multiplied by `factor`, and with fewer minimal rounds if `factor` is below 1."""
-        budget = self.budget
-        least, least_slow = (max(1, int(min(1, factor) * rounds)) for rounds in (budget.least, budget.least_slow))
-        scaled = replace(budget, seconds=factor * budget.seconds, least=least, least_slow=least_slow)
-        return replace(self, budget=scaled)
 
 
 def methods_of(mode: Mode) -> Sequence[str]:

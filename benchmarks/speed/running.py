@@ -30,9 +30,8 @@ RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick, "f
 def measure(options: argparse.Namespace) -> Results:
     """Run all jobs, and save the results after each."""
     begin = time.monotonic()
-    jobs = [job.scaled(options.budget) for job in RUNS[options.run]() if wanted(job, options.only)]
-    whole = not options.only and options.budget >= 1
-    results = Results(environment(options.run, whole=whole, by_processor=options.processor))
+    jobs = [job for job in RUNS[options.run]() if wanted(job, options.only)]
+    results = Results(environment(options.run, whole=not options.only, by_processor=options.processor))
     results.about |= {"load average at end": busy(), "minutes": 0.0}
     with quiet():
         for count, job in enumerate(jobs, 1):

@@ -35,6 +35,7 @@ def test_a_tiny_run_of_each_task(task: str) -> None:
     assert [one.method for one in scaled] == ["hra-pairs@0.75", "hra-pairs@0.5"] * task.startswith("language")
     assert record.trainable > 0 and record.test is not None
     assert record.validation > 0 or TASKS[task].higher_is_better
+    assert bool(record.retention) is (task in ("digits", "newsgroups-retrieval") or task.startswith("language"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,27 +50,12 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     if method != "hra-gs":  # starts at random, as in PEFT
         torch.testing.assert_close(model(inputs), base(inputs), atol=1e-5, rtol=1e-5)
     fit(model, nn.Module(), task, ALL[method], 1e-2)
-    moved = not torch.allclose(model(inputs), base(inputs), atol=1e-4)
-    assert moved is (method not in ("base", "head")), "the task has no head"
-
-
-def test_what_a_method_keeps_is_recorded() -> None:
-    record, *_ = run("digits", "hra-pairs-distance", 0, 1e-2, test=True, tiny=True)
-    assert "accuracy on 0 to 4, %" in record.retention
-
-
-@pytest.mark.parametrize("method", ["lora", "full", "hra-pairs"])
-def test_a_trained_model_can_keep_a_part_of_its_change(method: str) -> None:
-    task = TASKS[TASK](0, tiny=True)
-    model, base = task.model(), task.model()
-    ALL[method].insert(model, task, 4)
-    fit(model, nn.Module(), task, ALL[method], 1e-2)
-    rescale = ALL[method].rescale
-    assert rescale is not None
     whole = moved(model, base, task.targets)
-    rescale(model, base, 0.75, 1.0)
-    rescale(model, base, 0.5, 0.75)
-    assert moved(model, base, task.targets) == pytest.approx(whole / 2, rel=1e-3)
+    assert (whole > 1e-3) is (method not in ("base", "head")), "the task has no head"
+    if rescale := ALL[method].rescale:  # it keeps a part of its change
+        rescale(model, base, 0.75, 1.0)
+        rescale(model, base, 0.5, 0.75)
+        assert moved(model, base, task.targets) == pytest.approx(whole / 2, rel=1e-3)
 
 
 def test_protected_lora_does_not_read_the_main_directions_of_inputs() -> None:

@@ -33,21 +33,11 @@ def test_speed_measures_every_method(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(rows) == 2 + len(results.cells) and len(set(rows)) == 1
 
 
-@pytest.mark.parametrize(
-    ("own", "peer", "wanted"),
-    [
-        # Pairs 2, 1, 0.5, 3, 1. The medians are 4 and 2, whose ratio is 2.
-        ([4.0, 2.0, 1.0, 6.0, 9.0], [2.0, 2.0, 2.0, 2.0, 9.0], Ratio(median=1.0, low=0.5, high=3.0, rounds=5)),
-        ([None, 2.0, 3.0, 4.0], [1.0, None, 1.0, 2.0], Ratio(median=2.5, low=2.0, high=3.0, rounds=2)),
-        ([float(k) for k in range(1, 10)], [1.0] * 9, Ratio(median=5.0, low=2.0, high=8.0, rounds=9)),
-        ([None, 1.0], [1.0, None], None),
-    ],
-)
-def test_a_ratio_is_the_median_over_common_rounds(
-    own: list[float | None], peer: list[float | None], wanted: Ratio | None
-) -> None:
+def test_a_ratio_is_the_median_over_common_rounds() -> None:
     """The interval of nine pairs, by the sign test, leaves out the least and the largest."""
-    assert ratio(own, peer) == wanted
+    assert ratio([None, 2.0, 3.0, 4.0], [1.0, None, 1.0, 2.0]) == Ratio(median=2.5, low=2.0, high=3.0, rounds=2)
+    assert ratio([float(k) for k in range(1, 10)], [1.0] * 9) == Ratio(median=5.0, low=2.0, high=8.0, rounds=9)
+    assert ratio([None, 1.0], [1.0, None]) is None
 
 
 def test_the_one_for_gpus_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,18 +41,13 @@ def adapted(r: int = 8) -> Any:
     return pipe
 
 
-def rotated(pipe: Any) -> Any:
-    """The base pipeline with `W Q` in the place of every adapted `W`, by the oracle."""
-    plain = pipeline()
+def test_every_attention_processor_gives_the_images_of_the_rotated_weights() -> None:
+    pipe, plain = adapted(), pipeline()
+    base = image(plain)
     for part in TARGETS:
         weights = dense_weights(getattr(plain, part), getattr(pipe, part))
         getattr(plain, part).load_state_dict(weights, strict=False)
-    return plain
-
-
-def test_every_attention_processor_gives_the_images_of_the_rotated_weights() -> None:
-    pipe = adapted()
-    wanted = image(rotated(pipe))
+    wanted = image(plain)
     for use in (
         lambda: None,
         pipe.enable_attention_slicing,
@@ -62,7 +57,7 @@ def test_every_attention_processor_gives_the_images_of_the_rotated_weights() -> 
     ):
         use()
         assert relative_error(image(pipe), wanted) < 1e-4
-    assert relative_error(wanted, image(pipeline())) > 1e-2
+    assert relative_error(wanted, base) > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd")  # of PEFT
@@ -85,24 +80,13 @@ def test_a_saved_pipeline_has_adapters_inside_which_peft_opens_and_once_folded_i
     assert relative_error(image(quiet(type(pipe).from_pretrained(tmp_path / "folded"))), wanted) < 1e-4
 
 
-A, B = (
-    {"r": 2, "target_modules": ["to_q", "to_k"], "init_weights": False},
-    {"r": 4, "target_modules": ["to_v", "proj_in"], "init_weights": False},
-)
-CONFIGS = {"a": A, "b": B}
+CONFIG = hra_fx.HRAConfig(r=2, target_modules=["to_q", "to_k"], init_weights=False)
 
 
 def fresh() -> Any:
     """The same random UNet each time."""
     torch.manual_seed(0)
     return unet().double().eval()
-
-
-def single(name: str) -> Any:
-    """A UNet with one of the adapters alone, drawn for its name."""
-    base = fresh()
-    torch.manual_seed(ord(name))
-    return hra_fx.get_peft_model(base, hra_fx.HRAConfig(**CONFIGS[name]), name)
 
 
 def run(model: Any) -> Tensor:
@@ -113,7 +97,7 @@ def run(model: Any) -> Tensor:
 
 
 def test_the_class_of_an_adapted_model_builds_and_loads_base_models(tmp_path: Path) -> None:
-    plain, model = fresh(), hra_fx.transform(fresh(), hra_fx.HRAConfig(**A))
+    plain, model = fresh(), hra_fx.transform(fresh(), CONFIG)
     assert inspect.signature(type(model).__init__) == inspect.signature(type(plain).__init__)
     plain.save_pretrained(tmp_path)
     for built in (type(model).from_config(model.config), model.from_pretrained(tmp_path)):
@@ -123,7 +107,7 @@ def test_the_class_of_an_adapted_model_builds_and_loads_base_models(tmp_path: Pa
 
 
 def test_projections_are_not_fused_under_reflections_and_are_after_a_fold() -> None:
-    model = single("a")
+    model = hra_fx.transform(fresh(), CONFIG)
     wanted = run(model)
     with refuses(model, r"^UNet2DConditionModel: fuse_qkv_projections would replace adapted .* after hra_fx\.fold"):
         model.fuse_qkv_projections()
@@ -135,16 +119,13 @@ def test_projections_are_not_fused_under_reflections_and_are_after_a_fold() -> N
 
 # ---- adapters that diffusers injects, as its scripts do for a LoRA ----
 
-INJECTED = ["to_k", "to_q", "to_v", "to_out.0"]
-LAYERS = 32
-
 
 def injected(**options: Any) -> Any:
     """A frozen UNet with a new adapter, which diffusers injects without a `PeftModel`."""
     unet = pipeline().unet
     unet.requires_grad_(False)
     torch.manual_seed(1)
-    unet.add_adapter(peft.HRAConfig(r=4, target_modules=INJECTED, **options))
+    unet.add_adapter(peft.HRAConfig(r=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"], **options))
     return unet
 
 
@@ -161,7 +142,7 @@ def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -
     assert not any(isinstance(part, HRALinear) for part in again.unet.modules())
     assert relative_error(image(again), wanted) < 1e-4
     hra_fx.from_peft(pipe.unet)
-    assert [row.adapter for row in hra_fx.report(pipe.unet)] == ["default"] * LAYERS
+    assert [row.adapter for row in hra_fx.report(pipe.unet)] == ["default"] * 32
     hra_fx.save_adapter(pipe.unet, tmp_path / "adapter")
     hra_fx.save_as_lora(pipe, tmp_path / "lora")
     again.unet = hra_fx.load_adapter(pipeline().unet, tmp_path / "adapter")
