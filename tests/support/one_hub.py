@@ -1,16 +1,18 @@
-"""A server on this machine that takes uploads as the Hugging Face Hub does."""
+"""A server on this machine that answers as the Hugging Face Hub does, and an API that takes uploads."""
 
 from __future__ import annotations
 
-import base64
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
-import huggingface_hub
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -40,50 +42,29 @@ def serving(kind: type[Answering], **attributes: object) -> Iterator[str]:
     server.server_close()
 
 
-class Hub(Answering):
-    """One repository, whose files are kept in `files`."""
-
-    files: dict[str, bytes]
-
-    def do_HEAD(self) -> None:
-        known = self.path.startswith("/user/name/resolve/main/") and self.path.rpartition("/")[2] in self.files
-        headers = {"ETag": '"1"', "X-Repo-Commit": "1"} if known else {"X-Error-Code": "EntryNotFound"}
-        self.answer(200 if known else 404, b"", headers)
-
-    def do_GET(self) -> None:
-        self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path.endswith("/preupload/main"):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            self.answer_json({"files": files})
-        elif self.path.endswith("/commit/main"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer_json({"commitUrl": f"{self.repository}/commit/1", "commitOid": "1"})
-        else:
-            self.answer_json({"url": self.repository, "id": "user/name", "name": "user/name"})
-
-    @property
-    def repository(self) -> str:
-        return f"http://{self.headers['Host']}/user/name"
-
-    def answer_json(self, content: object) -> None:
-        self.answer(200, json.dumps(content).encode())
-
-
 @contextmanager
 def one_hub() -> Iterator[dict[str, bytes]]:
-    """A block in which a Hub has one repository, `user/name`: its files."""
+    """A block in which the API of the Hub has one repository, `user/name`: its files."""
     held: dict[str, bytes] = {}
-    constants = huggingface_hub.constants
-    with serving(Hub, files=held) as address, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
-        patch.setattr(constants, "ENDPOINT", address)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    def create_repo(api: object, repo_id: str, **options: object) -> SimpleNamespace:
+        validate_repo_id(repo_id)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(
+        api: object, *, repo_id: str, folder_path: str, ignore_patterns: list[str] | None, **options: object
+    ) -> str:
+        assert repo_id == "user/name"
+        files = [file for file in Path(folder_path).rglob("*") if file.is_file()]
+        names = {file.relative_to(folder_path).as_posix(): file for file in files}
+        held.update((name, file.read_bytes()) for name, file in names.items() if name not in (ignore_patterns or []))
+        return f"https://hub/{repo_id}/commit/1"
+
+    def file_exists(api: object, repo_id: str, filename: str, **options: object) -> bool:
+        return filename in held
+
+    with pytest.MonkeyPatch.context() as patch:
+        for own in (create_repo, upload_folder, file_exists):
+            method = create_autospec(getattr(HfApi, own.__name__), side_effect=own)  # takes the arguments of the real
+            patch.setattr(HfApi, own.__name__, method)
         yield held

@@ -150,7 +150,6 @@ def test_the_trainers_card_gets_the_metadata(tmp_path: Path) -> None:
     assert "# mine" in card.text and "hra_fx" in card.data.tags and card.data.library_name == "peft"
 
 
-@pytest.mark.needs("huggingface-hub>=1.5")
 def test_push_to_hub_uploads_what_save_pretrained_writes(tmp_path: Path) -> None:
     model = adapted("llama", "HRAModel")
     with one_hub() as files:
