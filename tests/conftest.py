@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
@@ -45,18 +44,14 @@ LEFT_OUT = [place for place, need in NEEDS.items() if not runs_here(need)]
 collect_ignore = ["support/second_device.py", *LEFT_OUT]
 #: A folder that is given on the command line is not ignored itself.
 collect_ignore_glob = [f"{place}/*" for place in LEFT_OUT]
-_left_out: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests that need newer releases than the installed ones."""
-    unmet = {
-        item: needs
-        for item in items
-        if (needs := [text for mark in item.iter_markers("needs") for text in mark.args if not runs_here(text)])
-    }
-    _left_out.update(text for needs in unmet.values() for text in needs)
-    config.hook.pytest_deselected(items=list(unmet))
+    unmet = [
+        item for item in items if any(not runs_here(text) for mark in item.iter_markers("needs") for text in mark.args)
+    ]
+    config.hook.pytest_deselected(items=unmet)
     items[:] = [item for item in items if item not in unmet]
 
 
@@ -87,9 +82,6 @@ def default_sigint() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what needs newer releases."""
-    for requirement, count in sorted(_left_out.items()):
-        terminalreporter.line(f"{count} tests need {requirement}")
-    for file, requirement in NEEDS.items():
-        if file in collect_ignore:
-            terminalreporter.line(f"tests/{file} needs {requirement}")
+    """Print which files need newer releases."""
+    for place in LEFT_OUT:
+        terminalreporter.line(f"tests/{place} needs {NEEDS[place]}")
