@@ -1,9 +1,13 @@
-"""The programs of the guides run as they stand: some by themselves, without warnings, and others with given names."""
+"""The programs of the guides run as they stand: some by themselves, without warnings, and others with given names.
+
+Links of documents that are not pages lead to files; `make docs` checks the pages. The reference has each public name.
+"""
 
 from __future__ import annotations
 
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +20,7 @@ from torch import distributed
 from transformers import training_args
 
 import hra_fx
+from hra_fx import integrations, passes
 
 #: The changelog and the guide for upgrades name what was removed.
 DOCUMENTS = [
@@ -84,3 +89,23 @@ def test_programs_compile_name_what_exists_and_run_unless_a_comment_says_why(doc
         assert document.stem in {*GUIDES, *GIVEN, *RUN_ELSEWHERE}
     named = set(re.findall(r"(?<![\w/.-])hra_fx\.(\w+)(?![\w/]|\.json|\.md)", text))
     assert {name for name in named if not hasattr(hra_fx, name) and not find_spec(f"hra_fx.{name}")} == set()
+
+
+def test_links_lead_to_files() -> None:
+    found = {
+        link
+        for document in ROOT.glob("*.md")
+        for link in re.findall(r"(?:\]\(|src=\"|href=\")([^)#\"\s]+)", document.read_text(encoding="utf-8"))
+        if not re.match(r"[a-z]+:", link)
+    }
+    assert len(found) > 5
+    assert [link for link in found if not (ROOT / link).exists()] == []
+
+
+def test_every_public_name_is_in_the_reference_once() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")]
+    shown = Counter(re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE))
+    names = {f"hra_fx.{name}" for name in hra_fx.__all__}
+    names |= {f"hra_fx.integrations.{name}" for name in integrations.__all__}
+    names |= {f"{getattr(passes, name).__module__}.{name}" for name in passes.__all__}
+    assert shown == Counter(names)

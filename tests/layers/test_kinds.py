@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import config
+from adapting import config, refused
 from layers.cases import CASES, Case, marked
 from layers.checking import assert_same, check, check_fold, dense_weights, normal, pair, run_dense
 from layers.reading_weights import TARGETS, USES, Reading
-from refusals import refused
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -13,10 +13,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapting import config
+from adapting import config, mlp, refused
 from named_models import Nested, built, tiny_bert, tiny_llama, tiny_opt, tiny_vit
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
-from refusals import mlp, refused
 from tiny import mixtral, t5
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -212,9 +211,9 @@ def test_more_vectors_than_dimensions() -> None:
 
 def test_peft_adapter_inside() -> None:
     wrapped = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0"]))
-    message = refused(wrapped, config("2"))
+    message = refused(wrapped, config("3"))
     assert message.startswith("base_model.model.0: it already has a PEFT adapter. ")
-    hra_fx.transform(wrapped.merge_and_unload(), config("0", "2"))
+    hra_fx.transform(wrapped.merge_and_unload(), config("0", "3"))
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["torch.compile", "DataParallel"])

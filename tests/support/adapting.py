@@ -1,4 +1,4 @@
-"""A small model, its configuration, and a snapshot of everything that `transform` could change."""
+"""A small model, its configuration, and a snapshot of everything that `transform` could change; its refusals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hra_fx
+from hra_fx.errors import HRAError, UnsupportedLayerError
 
 #: torch warns of its own copies of tree specifications, in saving and in run_decompositions.
 QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
@@ -55,3 +56,12 @@ def adapted(model: nn.Module, *targets: str, **fields: Any) -> Any:
     made = hra_fx.transform(model, config(*targets, **fields))
     randomise(made)
     return made
+
+
+def refused(model: nn.Module, settings: hra_fx.HRAConfig, kind: type[HRAError] = UnsupportedLayerError) -> str:
+    """The message of the error. The model must be unchanged."""
+    before = picture(model)
+    with pytest.raises(kind) as caught:
+        hra_fx.transform(model, settings)
+    assert picture(model) == before
+    return str(caught.value)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 #: Allowed difference, relative to the largest value of a tensor, where nothing is known of the model's own noise.
 TIGHT = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -35,29 +34,9 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def flat(value: Any) -> dict[str, Tensor]:
-    """Name -> tensor, of an output however it is nested, caches included."""
-    return dict(_walk(value, "output", set()))
-
-
-def _walk(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-        return
-    if value is None or isinstance(value, (str, int, float)) or id(value) in seen:
-        return
-    seen = seen | {id(value)}
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value) or any(
-        word in str(type(value)) for word in ("Cache", "cache_utils", "Output")
-    ):
-        items = vars(value).items()
-    else:
-        return
-    for key, item in items:
-        yield from _walk(item, f"{name}.{key}", seen)
+    """Name -> tensor, of an output however it is nested."""
+    found = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return {f"output {index}": tensor for index, tensor in enumerate(found)}
 
 
 def distances(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import pytest
-from integrations.distributed import accelerate_checks, adapter_checks, matrix_checks, training_checks
+from integrations.distributed import accelerate_checks, adapter_checks, matrix_checks
 from integrations.distributed.spawned import run
 
 #: All but the first group are slow.
 GROUPS = {
     "adapters": {**adapter_checks.CHECKS, **matrix_checks.CHECKS},
-    "training": {**training_checks.CHECKS, **matrix_checks.TRAINING_CHECKS},
+    "training": {**adapter_checks.TRAINING_CHECKS, **matrix_checks.TRAINING_CHECKS},
     "accelerate and the Trainer": accelerate_checks.CHECKS,
 }
 Failures: TypeAlias = Callable[[str], dict[str, str]]

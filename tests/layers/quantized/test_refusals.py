@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
+from adapting import refused
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from layers.quantized.bases import SCHEMES, config, inputs, quantized, torchao
-from refusals import refused
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig
 
