@@ -147,7 +147,9 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
 def under_ddp(rank: int, folder: Path) -> None:
     """A model is adapted before it is wrapped."""
     config = hra_fx.HRAConfig(r=2, target_modules=["0", "2"])
-    with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel does not synchronize.*then wrap it"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"DistributedDataParallel does not synchronize.*Adapt the model first"
+    ):
         hra_fx.transform(DistributedDataParallel(MLP.base()), config)
 
 
