@@ -115,7 +115,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
             f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
         ) from error
     copies = {
-        (path, name): (_copy_key(adapter, path, name, adapted=path in layers), getattr(owner, name).shape)
+        (path, name): (copy_key(path, name, adapted=path in layers), getattr(owner, name).shape)
         for path, (owner, names) in to_copy(model, config, layers).items()
         for name in names
         if name not in non_persistent_buffers(owner)
@@ -132,12 +132,6 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     vectors = {path: adapter.tensors[reflection_key(path)] for path in layers}
     values = {place: adapter.tensors[key] for place, (key, _) in copies.items()}
     return Fitted(layers, config, vectors, values)
-
-
-def _copy_key(adapter: Adapter, path: str, name: str, *, adapted: bool) -> str:
-    """The key of a tensor in the file. PEFT has two names for a bias, depending on its other adapters."""
-    keys = [copy_key(path, name, adapted=adapted), copy_key(path, name, adapted=not adapted)]
-    return next((key for key in keys if key in adapter.tensors), keys[0])
 
 
 def _check_keys(adapter: Adapter, model: nn.Module, expected: Set[str]) -> None:

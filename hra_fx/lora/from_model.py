@@ -92,13 +92,13 @@ def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int 
         rows, kernel = _rows(layer)
         chain = adapters.joint_vectors(names, torch.float32 if rows.device.type == "mps" else torch.float64)
         chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
-        chains = _finite(path, chain if chain.dim() == 3 else chain[None])
+        chains = chain if chain.dim() == 3 else chain[None]
         changes = []
         for W, U in zip(rows, chains, strict=True):
             V, K = low_rank.core(U)
             # A weight that does not change is not read.
             projected = low_rank.project(W, V) if len(K) else torch.zeros(len(W), 0, dtype=torch.float64)
-            changes.append(low_rank.low_rank_delta(_finite(path, projected), V, K, rank))
+            changes.append(low_rank.low_rank_delta(projected, V, K, rank))
     if adapters.kind == "experts":
         return _of_experts(path, layer, changes)
     A, B, error = changes[0]
@@ -127,12 +127,6 @@ def _of_experts(path: str, layer: Any, changes: Sequence[low_rank.LowRankDelta])
         A, B = B.mT.contiguous(), A.mT.contiguous()
     place = list(layer.owner._parameters).index(parameter_of(path).rpartition(".")[2])
     return LoraLayer(path, "experts", A, B, error=max(error for *_, error in changes), place=place)
-
-
-def _finite(path: str, values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise AdapterError(f"{path}: its weight or its vectors have NaN or infinite values. Load or train it again.")
-    return values
 
 
 def _names(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -26,21 +26,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class LoraRow:
-    """One layer of an export.
-
-    Attributes:
-        path: the qualified name of the layer; in a diffusers pipeline, with its part.
-        rank: the rank of the weight change, before padding; 0 if the adapter does not change the layer.
-        error: `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was requested.
-    """
-
-    path: str
-    rank: int
-    error: float
-
-
-@dataclass(frozen=True)
 class LoraResult:
     """The result of `hra_fx.save_as_lora` or `hra-fx convert`.
 
@@ -48,28 +33,24 @@ class LoraResult:
         path: the folder or the file.
         format: "peft", "gguf" or "diffusers".
         rank: the rank of all layers in the file.
-        dtype: dtype of the factors, such as "float32".
-        rows: one row for each layer.
+        errors: layer -> `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was requested. In a
+            diffusers pipeline, the paths of layers start with the part.
 
     Example:
-        >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0),)))
-        out: 1 layer as LoRA of rank 8 (peft, float32)
+        >>> print(LoraResult(Path("out"), "peft", 8, {"q_proj": 0.01}))
+        out: 1 layer as LoRA of rank 8 (peft), with an error of up to 1.0e-02 of the weight change
     """
 
     path: Path
     format: str
     rank: int
-    dtype: str
-    rows: tuple[LoraRow, ...]
+    errors: Mapping[str, float]
 
     def __str__(self) -> str:
-        """A summary in a few lines."""
-        count = f"{len(self.rows)} layer{'s' * (len(self.rows) != 1)}"
-        lines = [f"{self.path}: {count} as LoRA of rank {self.rank} ({self.format}, {self.dtype})"]
-        cut = max(self.rows, key=lambda row: row.error)
-        if cut.error:
-            lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")
-        return "\n".join(lines)
+        """A summary in one line."""
+        count, error = f"{len(self.errors)} layer{'s' * (len(self.errors) != 1)}", max(self.errors.values())
+        cut = f", with an error of up to {error:.1e} of the weight change" if error else ""
+        return f"{self.path}: {count} as LoRA of rank {self.rank} ({self.format}){cut}"
 
 
 def convert_to_lora(
@@ -96,8 +77,8 @@ def convert_to_lora(
         with PEFT's keys: factors in float32 on the CPU; `modules_to_save` and biases as trained.
 
     Raises:
-        AdapterError: the model has no such adapters, `rank` is not positive, parameters are not in memory, or a tensor
-            is not finite.
+        AdapterError: the model has no such adapters, `rank` is not positive, or parameters are not in memory.
+        torch.linalg.LinAlgError: a weight or a vector is not finite.
         FoldError: an adapter does not have a well-defined `Q` (see `hra_fx.fold`).
         UnsupportedLayerError: LoRA does not support a layer: a convolution with groups, a dilation or a padding mode
             other than zeros; a class whose forward is not a plain product with the weight; a layer that several modules
@@ -145,7 +126,7 @@ def save_as_lora(
         dtype: float32, float16 or bfloat16, as a torch dtype or its name; `None` for float32.
 
     Returns:
-        The rank of each layer, and the error of a smaller rank.
+        The rank, and for each layer the error of a smaller rank.
 
     Raises:
         AdapterError, FoldError, UnsupportedLayerError: as in `convert_to_lora`; or the format does not support the
@@ -194,14 +175,9 @@ def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dt
     else:
         config, tensors = peft_form(adapters[""], dtype)
         write(path, json.dumps(config, indent=2, sort_keys=True), tensors)
-    rows = [
-        LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error)
-        for part, adapter in adapters.items()
-        for layer in adapter.layers
-    ]
-    rank = max(adapter.rank for adapter in adapters.values())
-    name = str(dtype).removeprefix("torch.")
-    return LoraResult(path, file_format, rank, name, tuple(rows))
+    layers = ((part, layer) for part, adapter in adapters.items() for layer in adapter.layers)
+    errors = {f"{part}.{layer.path}".lstrip("."): layer.error for part, layer in layers}
+    return LoraResult(path, file_format, max(adapter.rank for adapter in adapters.values()), errors)
 
 
 def _warn_if_unchanged(adapters: Iterable[LoraAdapter]) -> None:

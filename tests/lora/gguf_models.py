@@ -6,7 +6,7 @@ them before an adapter is added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,13 +176,9 @@ def serve(base: Path, *adapters: Path) -> Any:
     return xllamacpp.Server(parameters)
 
 
-def complete(
-    server: Any, prompt: Sequence[int], count: int, vocabulary: int, scales: Mapping[int, float] | None = None
-) -> Continuation:
-    """Continue a prompt by some tokens. `scales` are those of adapters by their numbers; `None`: all are 1."""
+def complete(server: Any, prompt: Sequence[int], count: int, vocabulary: int) -> Continuation:
+    """Continue a prompt by some tokens."""
     request = {"prompt": list(prompt), "max_tokens": count, "temperature": 0, "logprobs": vocabulary}
-    if scales is not None:
-        request["lora"] = [{"id": number, "scale": scale} for number, scale in scales.items()]
     content = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
     table = torch.full((len(content), vocabulary), -torch.inf, dtype=torch.float64)
     for row, entry in zip(table, content, strict=True):

@@ -82,8 +82,8 @@ def test_another_pipeline_draws_the_same(make: Callable[[], Any], targets: Mappi
     assert change_error(image(fresh), wanted, base) < 1e-5
     assert torch.equal(image(pipe), wanted)
     layers = [key for part in targets for key in getattr(pipe, part).state_dict() if key.endswith("hra_u.default")]
-    assert (result.format, result.rank, len(result.rows)) == ("diffusers", 3, len(layers))
-    assert {row.path.split(".")[0] for row in result.rows} == set(targets)
+    assert (result.format, result.rank, len(result.errors)) == ("diffusers", 3, len(layers))
+    assert {path.split(".")[0] for path in result.errors} == set(targets)
 
 
 def test_a_single_file_has_the_names_of_kohya(tmp_path: Path) -> None:

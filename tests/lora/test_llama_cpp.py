@@ -146,28 +146,6 @@ def answer(base: Path, *adapters: Path) -> Continuation:
     return complete(serve(base, *adapters), PROMPT, COUNT, VOCABULARY)
 
 
-def test_hot_swap_of_two_adapters_of_a_model_without_head_in_one_server(tmp_path: Path) -> None:
-    whole = tiny("llama")
-    base = write_model(whole, tmp_path / "base.gguf")
-    model = whole.base_model
-    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=linears(model)), "a")
-    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
-    randomise(model)
-    files = {name: tmp_path / f"{name}.gguf" for name in ("a", "b")}
-    for name, file in files.items():
-        hra_fx.save_as_lora(model, file, name)
-    server, said = serve(base, *files.values()), {}
-    for turn, name in enumerate("aba"):
-        said[f"{name}{turn}"] = complete(server, PROMPT, COUNT, VOCABULARY, {0: name == "a", 1: name == "b"})
-        hra_fx.set_adapter(model, name)
-        check(whole, said[f"{name}{turn}"])
-    neither = complete(server, PROMPT, COUNT, VOCABULARY, {0: 0.0, 1: 0.0})
-    with hra_fx.disable_adapters(model):
-        check(whole, neither)
-    assert len({tuple(answer.tokens) for answer in (said["a0"], said["b1"], neither)}) == 3
-    assert said["a0"].tokens == said["a2"].tokens
-
-
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_layer_of_every_architecture(model_type: str, tmp_path: Path) -> None:
     tolerance = TABULATED if model_type == "gemma3_text" else EXACT
@@ -175,8 +153,9 @@ def test_every_layer_of_every_architecture(model_type: str, tmp_path: Path) -> N
     base = write_model(model, tmp_path / "base.gguf")
     before = answer(base)
     check(model, before, tolerance)
-    adapt(model)
-    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
+    part = model.base_model if model_type == "qwen2" else model  # a model without its head has other paths
+    adapt(part)
+    hra_fx.save_as_lora(part, tmp_path / "adapter.gguf")
     after = answer(base, tmp_path / "adapter.gguf")
     check(model, after, tolerance)
     assert float((after.log_probabilities[0] - before.log_probabilities[0]).abs().max()) > 0.2

@@ -256,7 +256,7 @@ def test_its_methods_are_those_of_the_base_model(tmp_path: Path) -> None:
     # PEFT's functions only look for PEFT's layers.
     with pytest.raises(AttributeError, match="Call the function of hra_fx with the same name"):
         peft.get_peft_model_state_dict(model)
-    assert hra_fx.save_as_lora(model, tmp_path / "lora").rows[0].path == "model.layers.0.self_attn.q_proj"
+    assert "model.layers.0.self_attn.q_proj" in hra_fx.save_as_lora(model, tmp_path / "lora").errors
 
 
 def test_a_wrapper_that_was_not_given_raises_an_error(tmp_path: Path) -> None:
