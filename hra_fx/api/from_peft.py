@@ -91,13 +91,12 @@ def _root_in(model: nn.Module) -> Any:
     if collect_parts(model).roots:
         raise AdapterError(f"{name} already has hra_fx adapters. Only models without them can be converted.")
     roots = [part for part in model.modules() if "peft_config" in vars(part) and not is_of_peft(part)]
-    if len(roots) == 1:
-        return roots[0]
-    if roots:
-        raise AdapterError(f"{name} contains {len(roots)} models with PEFT adapters. Pass one of them.")
-    if any(map(is_peft_layer, model.modules())):
-        raise AdapterError(f"{name} is a part of a model with PEFT adapters. Pass the whole model.")
-    raise AdapterError(f"{name} has no PEFT adapters. To add one of hra_fx, call hra_fx.transform(model, config).")
+    if len(roots) != 1:
+        raise AdapterError(
+            f"{name} contains {len(roots)} models with PEFT adapters. Pass one whole model that has them; to add an "
+            "adapter of hra_fx, call hra_fx.transform(model, config)."
+        )
+    return roots[0]
 
 
 def _check(layers: Mapping[str, Any]) -> None:

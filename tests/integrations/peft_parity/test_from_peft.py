@@ -88,7 +88,10 @@ def refused(model: nn.Module, text: str) -> None:
 
 
 def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
-    refused(net(), r"^Net has no PEFT adapters\. To add one of hra_fx, call hra_fx\.transform\(model, config\)")
+    refused(
+        net(),
+        r"^Net contains 0 models with PEFT adapters\. Pass one whole model .* call hra_fx\.transform\(model, config\)",
+    )
     with peft_warnings_ignored():
         lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
     refused(lora, r"query: this layer is from another PEFT method \(Linear\)\. Only HRA can be converted\.")
@@ -154,9 +157,9 @@ def test_models_that_contain_a_model_of_peft() -> None:
         ours = hra_fx.from_peft(model)
         assert type(hra_fx.fold(ours)) is Net and ours in set(model.modules())
     model = randomised_by_peft()
-    refused(model.get_base_model().body, r"^Body is a part of a model with PEFT adapters\. Pass the whole")
+    refused(model.get_base_model().body, r"^Body contains 0 models with PEFT adapters\. Pass one whole")
     both = nn.ModuleList([model, randomised_by_peft()])
-    refused(both, r"^ModuleList contains 2 models with PEFT adapters\. Pass one of")
+    refused(both, r"^ModuleList contains 2 models with PEFT adapters\. Pass one whole")
 
 
 def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
