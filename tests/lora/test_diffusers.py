@@ -14,11 +14,10 @@ import pytest
 import torch
 from adapting import randomise
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from diffusers.utils import convert_state_dict_to_diffusers
 from diffusion_pipelines import flux, image, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from oracles import relative_error
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import hra_fx
@@ -146,15 +145,6 @@ def test_a_single_unet(tmp_path: Path) -> None:
     assert torch.equal(image(alone), image(fresh))
     hra_fx.save_as_lora(pipe.unet, tmp_path, dtype="bfloat16")
     assert {tensor.dtype for tensor in stored(tmp_path)[0].values()} == {torch.bfloat16}
-
-
-def test_one_file_with_the_names_of_kohya(tmp_path: Path) -> None:
-    pipe, fresh = adapted(targets={"unet": UNET}), stable_diffusion()
-    base = image(fresh)
-    hra_fx.save_as_lora(pipe, tmp_path)
-    save_file(convert_state_dict_to_kohya(stored(tmp_path)[0]), tmp_path / "style.safetensors")
-    fresh.load_lora_weights(tmp_path, weight_name="style.safetensors")
-    assert change_error(image(fresh), image(pipe), base) < 1e-5
 
 
 def test_a_single_text_encoder_is_a_transformers_model(tmp_path: Path) -> None:
