@@ -121,11 +121,6 @@ def assert_close(actual: Tensor, wanted: Tensor, bound: float = 1e-10) -> None:
     assert relative_error(actual, wanted) < bound
 
 
-def moved(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs clearly differ, so that a test can distinguish them."""
-    return relative_error(one, other) > 1e-3
-
-
 def flags(model: nn.Module) -> dict[str, bool]:
     """Name -> whether the parameter is trained."""
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -9,10 +9,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from model.many import SAVED, adapted, assert_close, config, flags, moved, net, normal, oracle, refuses, turn
+from model.many import SAVED, adapted, assert_close, config, flags, net, normal, oracle, refuses, turn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,7 +50,7 @@ def test_a_backward_after_another_adapter_ran_has_the_gradients_of_its_own_forwa
     def gradients(between: Any) -> dict[str, Tensor]:
         output, parameters = model(x), [*model.named_parameters()]
         hra_fx.set_adapter(model, between)
-        assert between == "a" or moved(model(x), output)
+        assert between == "a" or not torch.allclose(model(x), output, rtol=1e-3)
         hra_fx.set_adapter(model, "a")
         now = model.named_parameters()
         assert [(name, id(p)) for name, p in now] == [(name, id(p)) for name, p in parameters], "in this order"
@@ -89,16 +88,12 @@ def test_a_buffer_that_no_state_has_is_not_in_files(tmp_path: Path) -> None:
         model.norm.register_buffer("table", torch.ones(3), persistent=False)
         return model
 
-    saved: dict[str, Any] = {"modules_to_save": ["norm"]}
-    model, x = adapted(base(), a=config("first", **saved), b=config("first", **saved))[1], normal(4, 6)
-    theirs: Any = peft.get_peft_model(base(), peft.HRAConfig(r=2, target_modules=["first"], **saved))
-    theirs.save_pretrained(tmp_path / "theirs")
-    hra_fx.save_adapter(model, tmp_path / "ours", "a")
-    names = [set(load_file(tmp_path / side / "adapter_model.safetensors")) for side in ("ours", "theirs")]
-    assert names[0] == names[1]
+    model, x = adapted(base(), a=config("first", modules_to_save=["norm"]))[1], normal(4, 6)
+    hra_fx.save_adapter(model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not [key for key in (*model.state_dict(), *saved, *hra_fx.convert_to_lora(model)[1]) if "table" in key]
     for into in (base(), model):
-        assert_close(hra_fx.load_adapter(into, tmp_path / "ours", "a")(x), model(x))
-    assert not [key for key in (*model.state_dict(), *hra_fx.convert_to_lora(model)[1]) if "table" in key]
+        assert_close(hra_fx.load_adapter(into, tmp_path, "a")(x), model(x))
 
 
 def test_a_saved_lstm_runs_on_its_copies() -> None:

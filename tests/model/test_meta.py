@@ -150,7 +150,6 @@ def test_an_adapter_is_loaded_before_or_after_the_weights(tmp_path: Path) -> Non
 REFUSED: dict[str, tuple[Callable[[nn.Module, Path], object], type[HRAError], str]] = {
     "fold": (lambda model, _: hra_fx.fold(model), FoldError, r"^0.*on the meta device"),
     "save_adapter": (lambda model, path: hra_fx.save_adapter(model, path), CheckpointError, "on the meta device"),
-    "save_as_lora": (lambda model, path: hra_fx.save_as_lora(model, path), FoldError, "on the meta device"),
     "set_scale": (lambda model, _: hra_fx.set_scale(model, "default", 0.5), AdapterError, r"^0: .*on the meta device"),
 }
 

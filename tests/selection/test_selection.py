@@ -135,16 +135,6 @@ def test_default_targets_are_pefts() -> None:
     assert {name: t if isinstance(t, str) else list(t) for name, t in DEFAULT_TARGETS.items()} == PEFT_DEFAULTS
 
 
-def test_modules_of_another_adapter_are_not_selected() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].hra_u = nn.ModuleDict({"inner": nn.Linear(2, 2)})
-    for targets in ("all-linear", ".*"):
-        assert list(select(model, HRAConfig(target_modules=targets))) == ["0", "1"]
-    for fields in ({"target_modules": ["inner"]}, {"target_modules": ["0"], "modules_to_save": ["inner"]}):
-        with pytest.raises(SelectionError, match=r"no module"):
-            select(model, HRAConfig(**fields))
-
-
 # ---- layers and models that cannot be adapted: the error, and that the model is unchanged ----
 
 

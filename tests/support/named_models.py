@@ -23,21 +23,19 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """Two module lists, layers at the root, a shared block, a grouped convolution, and a name that is a regex."""
+    """Two module lists, layers at the root, a shared block, and a name that is a regex."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(4, 4)
         self.embed = nn.Embedding(5, 4)
         self.stem = nn.Conv2d(4, 4, 1)
-        self.conv1d = nn.Conv1d(4, 4, 1)
         self.layers = nn.ModuleList(Block() for _ in range(3))
         self.encoder = nn.ModuleDict({"h": nn.ModuleList(Block() for _ in range(2))})
         self.encoder["again"] = self.layers[1]
         self.tower = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)))
         self.head = nn.Linear(4, 2)
         self.sub_head = nn.Linear(4, 2)
-        self.depthwise = nn.Conv2d(4, 4, 1, groups=4)
         self.add_module("w+", nn.Linear(4, 4))
 
 
