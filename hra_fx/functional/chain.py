@@ -84,7 +84,9 @@ def chain_of(form: int, trained: Tensor, kept: Tensor | None = None) -> Tensor:
 
     They are in at least float32, except for vectors that are used as they are.
     """
-    vectors = vectors_of(form, trained, kept)
+    vectors = from_pairs(trained) if form & PAIRS else trained  # not by `vectors_of`, because every forward runs this
+    if kept is not None:
+        vectors = without(vectors, kept)
     return householder.orthonormalize(vectors) if form & GRAM_SCHMIDT else vectors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,18 @@ def test_a_weight_whose_values_are_read_by_another_name(use: Callable[[Any, Tens
         assert_gradients(run(X), F.linear(X, dense(base[0].fc, model[0].fc)), [model[0].fc.hra_u["default"]])
 
 
+def test_a_weight_that_was_read_is_freed_before_the_forward_ends() -> None:
+    def use(self: Any, x: Tensor) -> Tensor:
+        read = weakref.ref(self.fc.weight)
+        assert read() is None
+        return self.fc(x)  # type: ignore[no-any-return]
+
+    _, model = pair(lambda: asking(use), ["fc"])
+    for guard in (torch.enable_grad, torch.no_grad):
+        with guard():
+            model(X)
+
+
 class Masking(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         self.weight.data *= 0.5
@@ -272,7 +285,7 @@ def test_the_parameter_can_be_written_replaced_and_fused() -> None:
 def test_weights_that_another_tool_computes() -> None:
     _, model = functional()
     prune.l1_unstructured(model.read, "weight", 0.5)
-    with pytest.raises(hra_fx.FoldError, match=r"^read: its weight is not a parameter.*pruning"):
+    with pytest.raises(hra_fx.FoldError, match=r"^read: another tool computes its weight \(pruning"):
         hra_fx.fold(model)
     _, layer = layer_pair()
     with pytest.raises(
