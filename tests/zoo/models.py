@@ -33,11 +33,7 @@ def entries() -> dict[str, Entry]:
 
 
 def named(patterns: Iterable[str]) -> dict[str, Entry]:
-    """The entries whose name, or what follows the library's, fits one of these shell patterns; all where there is none.
-
-    Raises:
-        KeyError: a pattern fits nothing.
-    """
+    """The entries whose name, or what follows the library's, fits one of these shell patterns; all without patterns."""
     every, chosen = entries(), dict[str, Entry]()
     for pattern in patterns:
         fitting = {n: e for n, e in every.items() if any(fnmatch.fnmatch(x, pattern) for x in (n, n.partition("/")[2]))}

@@ -21,10 +21,7 @@ class Oracle:
     def __init__(self, base: nn.Module, model: nn.Module, noise: float = 0.0) -> None:
         """Weights of `base` turned by the vectors of `model`.
 
-        Args:
-            base: the plain model.
-            model: the adapted one.
-            noise: relative size of a random change of every turned weight, to learn what rounding does to the model.
+        `noise` is the relative size of a random change of every turned weight, which shows what rounding does.
         """
         self.plain = copy.deepcopy(base).requires_grad_(False)
         self._base, self._model = base, model

@@ -40,11 +40,7 @@ def flat(value: Any) -> dict[str, Tensor]:
 
 
 def distances(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Name -> largest difference, relative to the largest value that is wanted there.
-
-    Raises:
-        Differs: in names, shapes, dtypes, integers, or in what is not finite.
-    """
+    """Name -> largest difference, relative to the largest value that is wanted there."""
     if actual.keys() != wanted.keys():
         odd = sorted(actual.keys() ^ wanted.keys())
         raise Differs(f"one has {odd[:3]}, the other not")
@@ -73,11 +69,7 @@ def _distance(name: str, got: Tensor, want: Tensor) -> float:
 
 
 def check_usable(output: Mapping[str, Tensor]) -> None:
-    """Refuse an output that cannot be compared.
-
-    Raises:
-        Differs: no floating-point value, or values that are mostly not finite.
-    """
+    """Refuse an output that cannot be compared: no floating-point value, or values that are mostly not finite."""
     values = [tensor for tensor in output.values() if tensor.is_floating_point() and tensor.numel()]
     if not values:
         raise Differs("the base model returns no floating-point value, so there is nothing to compare")

@@ -36,16 +36,7 @@ def config_for(paths: Collection[str]) -> hra_fx.HRAConfig:
 def transform_most(model: nn.Module, parameters: Sequence[str] = ()) -> tuple[hra_fx.HRAConfig | None, dict[str, str]]:
     """Transform a model with all its layers except the refused ones; a refusal must not change the model.
 
-    Args:
-        model: the model.
-        parameters: ends of the names of 3-D parameters.
-
-    Returns:
-        The configuration that was accepted (`None`: all layers were refused), and layer -> reason for its refusal.
-
-    Raises:
-        AssertionError: a refusal changed the model.
-        HRAError: the model was refused without naming a layer.
+    Returns the configuration that was accepted (`None`: all layers were refused), and layer -> reason for its refusal.
     """
     left = set(candidates(model, parameters))
     refused: dict[str, str] = {}

@@ -85,14 +85,6 @@ class Runs:
         A model that computes in float32 inside, or that has many layers, amplifies rounding errors. So if a difference
         is above the tight limit, the oracle runs once more with slightly changed weights, and the limit is the effect
         of that change.
-
-        Args:
-            actual: the tensors of the model, by name.
-            wanted: the tensors of the oracle.
-            noisy: computes the tensors of the oracle with slightly changed weights.
-
-        Raises:
-            Differs: a difference is larger than rounding explains.
         """
         gaps = distances(actual, wanted)
         tight = TIGHT[self.dtype]

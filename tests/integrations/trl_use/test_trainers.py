@@ -51,17 +51,14 @@ def train_alike(theirs: Any, fast: Any, *keys: str) -> None:
     for one in (theirs, fast):
         set_seed(0)  # GRPO samples
         one.train()
-    assert_close(logs(fast, "loss", *keys), logs(theirs, "loss", *keys))
+    got, logged = (torch.tensor(logs(one, "loss", *keys)) for one in (fast, theirs))
+    torch.testing.assert_close(got, logged, rtol=1e-4, atol=1e-5)
     wanted = vectors_of(theirs.model)
     assert len(wanted) == 6
     for name, vectors in vectors_of(fast.model).items():
         moved, as_theirs = vectors - before[name], wanted[name] - before[name]
         assert float(as_theirs.detach().norm()) > 1e-4, name
         assert relative_error(moved, as_theirs) < 1e-2, name
-
-
-def assert_close(got: list[list[float]], wanted: list[list[float]]) -> None:
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
