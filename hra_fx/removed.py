@@ -59,7 +59,6 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "overwrite": "Delete the folder first.",
         "progress": "Leave it out: transformers shows its own progress bar.",
         "rows": _LAYOUT,
-        "trust_remote_code": "Load the model yourself, then call hra_fx.load_adapter and hra_fx.fold.",
         "verify": "Leave it out.",
     },
     "merge_adapter": {"adapter_names": "Call hra_fx.set_adapter(model, adapter_names) first."},
@@ -84,7 +83,6 @@ COMMAND_LINE: dict[str, str] = {
     "--part": "Pass the folder of the part as BASE, such as my-pipeline/unet.",
     "--quiet": "Redirect stderr: progress bars are only shown in a terminal.",
     "--rows": _LAYOUT,
-    "--trust-remote-code": "Load the model in Python, then call hra_fx.load_adapter, and hra_fx.fold or save_as_lora.",
     "--verify": "Leave it out.",
     "visualize": 'Load the model in Python, and call hra_fx.visualize(model, "model.html").',
 }
