@@ -87,8 +87,8 @@ ROWS = (
 PLAIN = Row("hra-pairs")
 #: The rows of the guide, docs/keep.md.
 GUIDE = (
-    *("base", "hra-pairs", "hra-pairs-distance-own", "hra-pairs-distance-own-second", "hra-pairs-distance-own-0.3"),
-    *("hra-pairs-protect-own", "hra-pairs-protect", "hra-pairs@0.75", "lora"),
+    *("base", "lora", "hra-pairs", "hra-pairs-distance-own", "hra-pairs-distance-own-second"),
+    *("hra-pairs-protect-own", "hra-pairs@0.75"),
 )
 #: Tasks that differ from `language` in one respect, and the methods that ran on them.
 LAYERS = {f"{TASK}-mlp": "MLP", f"{TASK}-attention": "attention"}
@@ -159,14 +159,14 @@ def step_time(records: Sequence[Record], runs: Sequence[Record]) -> float:
 
 
 def guide_table(records: Sequence[Record]) -> str:
-    """A row for each way to keep something that ran: new posts, and what is kept."""
+    """A row for each way to keep something that ran: the means of new posts, and of what is kept."""
     columns = [("new posts ↓", ""), ("tales ↓", TALES), ("tweets ↓", TWEETS), ("facts, % ↑", FACTS)]
     found = [(row, runs) for row in (*map(Row, GUIDE), Row("full@0.75", 1.7e-4)) if (runs := row.runs(records))]
     rows = [
-        [label(row.method), str(len(runs)), *(spread([value(run, name) for run in runs]) for _, name in columns)]
+        [label(row.method), *(f"{statistics.fmean(value(run, name) for run in runs):.0f}" for _, name in columns)]
         for row, runs in found
     ]
-    return table(["", "seeds", *(head for head, _ in columns)], rows)
+    return table(["", *(head for head, _ in columns)], rows)
 
 
 def moved(run: Record) -> float:
