@@ -16,12 +16,16 @@ from typing import Any
 
 from torch import nn
 
+from hra_fx.checkpoint.saving import layers_with
 from hra_fx.compat import state_modules
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.readers import methods_of_forward
 from hra_fx.layers.target import REFLECTION, describe, find_kind, weight_name
+from hra_fx.model.state import AdapterState, adapted_layers
+from hra_fx.model.trainable import check_copies
+from hra_fx.model.whole import check_whole
 
 _ATTENTION = "is an nn.MultiheadAttention or its output projection, whose change PEFT's LoRA (0.21) adds twice"
 _OWN_FORWARD = "has its own forward, for which PEFT's LoRA may compute something else"
@@ -106,3 +110,14 @@ def _source(cls: type[nn.Module]) -> str:
             with contextlib.suppress(OSError, TypeError):
                 code.append(inspect.getsource(getattr(held, "fget", held)))
     return "".join(code)
+
+
+def checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
+    """The layers with at least one of the adapters, by path. LoRA must support all of them."""
+    check_whole(root, "convert its adapters to LoRA", "weights")
+    check_copies(root, names)
+    paths = {path for name in names for path in layers_with(root, state, name)}
+    layers = {path: layer for path, layer in adapted_layers(root).items() if path in paths}
+    for path, layer in layers.items():
+        check_expressible(path, layer, root.get_submodule(path.rpartition(".")[0]))
+    return layers
