@@ -9,20 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hra_fx.checkpoint.adapter import Fitted, fit
+from hra_fx.checkpoint.adapter import fit
 from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
-from hra_fx.layers.adapter_states import check_kept
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
-from hra_fx.layers.trained_copies import copies_of
-from hra_fx.model.reset import check_replaceable, layers_of, replace_values
+from hra_fx.model.reset import layers_of, replace_adapter
 from hra_fx.model.setup import put_adapter, valid_config
-from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, root_of
-from hra_fx.model.trainable import differ_by_place, set_requires_grad
+from hra_fx.model.state import get_state, is_adapted, root_of
 from hra_fx.model.whole import check_whole
 
 M = TypeVar("M", bound=nn.Module)
@@ -102,36 +99,14 @@ def load_adapter(
             trained = layers_of(root, adapter_name).values() if is_trainable else ()
             if any(layer.hra_u.specs[adapter_name].pairs for layer in trained):
                 _check_run(folder)
-            _replace(root, state, adapter_name, fitted, is_trainable)
+            values = fitted.vectors, fitted.copies
+            replace_adapter(root, adapter_name, fitted.config.apply_GS, *values, is_trainable=is_trainable)
         else:
             new: Any = {"root_class": root_class_for(root), "layers": fitted.layers}
             put_adapter(root, adapter_name, config, fill, fitted.copies, **new)
     if not is_trainable:
         model.eval()
     return model
-
-
-def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is_trainable: bool) -> None:
-    """Copy new values into an adapter's parameters, which an optimizer may hold."""
-    check_replaceable(root, state, name)
-    layers = layers_of(root, name)
-    spec = next(iter(layers.values())).hra_u.specs[name]
-    shapes = {path: layer.hra_u.vectors_shape(layer.hra_u.specs[name].r) for path, layer in layers.items()}
-    differs = fitted.config.apply_GS is not spec.apply_GS or shapes != {
-        path: tuple(vectors.shape) for path, vectors in fitted.vectors.items()
-    }
-    held = copies_of(root, name)
-    if differs or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
-        raise AdapterError(
-            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save "
-            "or tied weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another "
-            "adapter_name."
-        )
-    for path, layer in layers.items():
-        check_kept(layer.hra_u, name, fitted.vectors[path])
-    replace_values(root, name, fitted.vectors, fitted.copies)
-    state.configs[name].inference_mode = not is_trainable
-    set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})
 
 
 def _check_run(folder: Path) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.adapter_states import check_kept
 from hra_fx.layers.sharding import device_of_values, distribute_like, on_first_rank
 from hra_fx.layers.trained_copies import all_copies, copies_of
-from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, names_in, root_of
+from hra_fx.model.trainable import differ_by_place, set_requires_grad
 from hra_fx.model.whole import check_whole
 from hra_fx.removed import without_removed_arguments
 
@@ -84,6 +86,35 @@ def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
 def layers_of(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
     """Path -> layer with this adapter."""
     return {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u.specs}
+
+
+def replace_adapter(
+    root: nn.Module,
+    name: str,
+    apply_GS: bool,
+    vectors: Mapping[str, Tensor],
+    copies: Mapping[tuple[str, str], Tensor],
+    *,
+    is_trainable: bool,
+) -> None:
+    """Copy the vectors and copies of a file into an adapter, if they fit it, and train them or not."""
+    state = root_of(root)[1]
+    check_replaceable(root, state, name)
+    layers, held = layers_of(root, name), copies_of(root, name)
+    shapes = {path: layer.hra_u.vectors_shape(layer.hra_u.specs[name].r) for path, layer in layers.items()}
+    differs = any(layer.hra_u.specs[name].apply_GS is not apply_GS for layer in layers.values())
+    differs = differs or shapes != {path: tuple(one.shape) for path, one in vectors.items()}
+    if differs or held.keys() != copies.keys() or differ_by_place(held, copies):
+        raise AdapterError(
+            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save "
+            "or tied weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another "
+            "adapter_name."
+        )
+    for path, layer in layers.items():
+        check_kept(layer.hra_u, name, vectors[path])
+    replace_values(root, name, vectors, copies)
+    state.configs[name].inference_mode = not is_trainable
+    set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})
 
 
 def replace_values(
