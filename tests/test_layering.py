@@ -135,6 +135,11 @@ def test_imports_between_files_are_acyclic() -> None:
     assert nx.is_directed_acyclic_graph(_graph()), cycles
 
 
+def test_no_file_imports_more_than_twelve_of_ours() -> None:
+    graph = _graph()
+    assert {name: count for name, count in graph.out_degree() if count > 12} == {}
+
+
 def test_a_rewrite_knows_only_layers_by_name_patterns_and_errors() -> None:
     assert not [(name, to) for name in REWRITES for to, _ in _imports(name) if not to.startswith(REWRITES_MAY_READ)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.api.peft_model import as_hra_model, check_names
+from hra_fx.api.peft_model import HRAModel, as_hra_model
 from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.functional.chain import to_pairs
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
-from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_layer
+from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_layer, refuse_hidden_names
 from hra_fx.model.remove import remove_adapters
 from hra_fx.model.setup import put_adapter, valid_config
 from hra_fx.model.state import adapted_layers, collect_parts, get_state
@@ -69,7 +67,7 @@ def from_peft(model: nn.Module) -> Any:
     trained = {name: any(one.hra_u[name].requires_grad for one in _with(layers, name).values()) for name in configs}
     with torch.inference_mode(False), ExitStack() as undo:
         _take_out(root, [*layers.values()], [*wrappers.values()], undo)
-        check_names(root)
+        refuse_hidden_names(root, HRAModel)
         for name, config in configs.items():
             vectors = {path: layer.hra_u[name] for path, layer in _with(layers, name).items()}
             _add(root, name, config, vectors, _trained_tensors(wrappers, name))
@@ -180,8 +178,6 @@ def _add(
 def _train_pairs(root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:
     """Convert the vectors in the same parameters to pairs, where this is possible."""
     for path, layer in adapted_layers(root).items():
-        for name, spec in layer.hra_u.specs.items():
+        for name in layer.hra_u.specs:
             if configs[name].trains_pairs(path):
-                own = layer.hra_u[name]
-                own.grad, own.data = None, to_pairs(own.detach()).to(own.dtype)
-                layer.hra_u.specs[name] = dataclasses.replace(spec, pairs=True)
+                layer.hra_u.turn_into_pairs(name)

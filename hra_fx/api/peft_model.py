@@ -1,4 +1,4 @@
-"""PEFT's names: `HRAModel`, an adapted model with PEFT's methods, `PeftModel` and `get_peft_model`.
+"""`HRAModel`, an adapted model with PEFT's methods, and `PeftModel`, PEFT's name for it.
 
 The model object itself gets a new class, a subclass of its own class and `HRAModel`. So `isinstance` checks (Trainer,
 pipelines, diffusers) still work, and a wrapper that forwards attributes is not needed.
@@ -9,23 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from hra_fx.api.load import load_adapter
-from hra_fx.api.transform import transform
-from hra_fx.checkpoint.saving import create_or_update_model_card
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError
 from hra_fx.integrations import pretrained
-from hra_fx.layers.class_swap import SwapMixin, original_class, swap
-from hra_fx.layers.peft_layers import refuse_peft_layers
+from hra_fx.layers.class_swap import SwapMixin, swap
+from hra_fx.layers.peft_layers import refuse_hidden_names
 from hra_fx.model import merge, remove, switch, trainable
 from hra_fx.model.fold import fold
 from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import root_of
-
-#: Packages with classes that have methods with the same names. The methods of `HRAModel` replace these.
-_REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
 class HRAModel(SwapMixin):
@@ -37,6 +31,7 @@ class HRAModel(SwapMixin):
         prefix: the prefix of the names of adapter parameters; TRL reads it.
 
     Example:
+        >>> from hra_fx import get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
         >>> isinstance(model, HRAModel), model.active_adapters
         (True, ['default'])
@@ -56,7 +51,7 @@ class HRAModel(SwapMixin):
     unmerge_adapter = merge.unmerge_adapter
     push_to_hub = pretrained.push_to_hub
     save_pretrained = pretrained.save_pretrained
-    create_or_update_model_card = create_or_update_model_card
+    create_or_update_model_card = pretrained.create_or_update_model_card
 
     @property
     def peft_config(self) -> dict[str, HRAConfig]:
@@ -146,25 +141,12 @@ class HRAModel(SwapMixin):
             own: Any = super()
             return own.from_pretrained(model, *args, **kwargs)
         if isinstance(model, nn.Module):
-            check_names(model)
+            refuse_hidden_names(model, HRAModel)
         return as_hra_model(load_adapter(model, *args, **kwargs))
 
 
-def check_names(model: nn.Module) -> None:
-    """Check that the methods of `HRAModel` do not hide attributes of the model."""
-    refuse_peft_layers(model)
-    cls = original_class(model)
-    for name in vars(HRAModel):
-        home = next((f"{base.__module__}." for base in cls.__mro__ if name in vars(base)), "")
-        if not name.startswith("_") and hasattr(model, name) and not home.startswith(_REPLACED):
-            raise AdapterError(
-                f"{name}: {cls.__name__} has an attribute of this name, which HRAModel would hide. Rename it, or use "
-                "hra_fx.transform and the functions of hra_fx instead."
-            )
-
-
 def as_hra_model(model: nn.Module) -> nn.Module:
-    """Add the methods of `HRAModel` to a transformed model. Call `check_names` before."""
+    """Add the methods of `HRAModel` to a transformed model. Call `refuse_hidden_names` before."""
     if not isinstance(model, HRAModel):
         swap(model, HRAModel)
     return model
@@ -172,47 +154,3 @@ def as_hra_model(model: nn.Module) -> nn.Module:
 
 #: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.
 PeftModel = HRAModel
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: HRAConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> Any:
-    """Adapt a model in place and give it PEFT's methods, with the arguments of `peft.get_peft_model`.
-
-    Args:
-        model: any module that `hra_fx.transform` accepts, changed in place.
-        peft_config: an `hra_fx.HRAConfig` or a `peft.HRAConfig`.
-        adapter_name: name of the adapter.
-        mixed, autocast_adapter_dtype: ignored, because all adapters are HRA and vectors are always at least float32.
-        revision: revision of the base model, written into the configuration.
-        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
-
-    Returns:
-        `model`, which is an `HRAModel` now.
-
-    Raises:
-        AdapterError: `model` is a graph, or has an attribute with the name of one of PEFT's methods.
-        HRAError: for other errors, see `hra_fx.transform`. After any error the model is unchanged.
-
-    Example:
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
-        >>> model.print_trainable_parameters()
-        trainable params: 12 || all params: 40 || trainable%: 30.0000
-    """
-    if isinstance(model, fx.GraphModule):
-        raise AdapterError(
-            f"PEFT's methods cannot be added to a captured graph ({type(model).__name__}). Call "
-            "hra_fx.transform(model, config), which returns a model of the same type."
-        )
-    if isinstance(model, nn.Module):
-        check_names(model)
-    adapted: Any = as_hra_model(transform(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
-    if revision is not None:
-        adapted.peft_config[adapter_name].revision = revision
-    return adapted

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import warnings
 from collections.abc import Set
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import PREFIX, WEIGHTS_NAME, copy_key, find, read, reflection_key
+from hra_fx.checkpoint.folder import PREFIX, copy_key, reflection_key
+from hra_fx.checkpoint.read import Adapter, read_adapter
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
-from hra_fx.functional.chain import GRAM_SCHMIDT, chain_of
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.classes import adapters_for
-from hra_fx.layers.target import REFLECTION
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
 from hra_fx.selection.check import select_checked
@@ -32,53 +29,6 @@ from hra_fx.selection.suggestions import some_of
 _UNREAD = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$|\.hra_vectors$")
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The content of an adapter's two files. `tensors` have the keys of the file, with PEFT's prefix."""
-
-    file: Path
-    config: HRAConfig
-    tensors: dict[str, Tensor]
-
-    @cached_property
-    def chains(self) -> dict[str, Tensor]:
-        """Path of a layer -> `U: (d, k)` or `(experts, d, k)`, plain reflections; float64 after Gram-Schmidt."""
-        keys = {key.removeprefix(PREFIX).rpartition("."): key for key in self.tensors}
-        chains = {path: self.tensors[key] for (path, _, last), key in keys.items() if last == REFLECTION}
-        if not chains:
-            raise CheckpointError(
-                f"{self.file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again."
-            )
-        if self.config.apply_GS:
-            chains = {path: chain_of(GRAM_SCHMIDT, chain.double()) for path, chain in chains.items()}
-        return chains
-
-    @property
-    def others(self) -> list[str]:
-        """The names of the other tensors in the file: those that are trained in full, and copies that PEFT adds."""
-        return [key.removeprefix(PREFIX) for key in self.tensors if not key.endswith(REFLECTION)]
-
-
-def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None) -> Adapter:
-    """Read an adapter saved by `save_adapter` or PEFT, from a folder or the Hub, in the order of block numbers.
-
-    `config` replaces the configuration in the folder; the vectors are then used as stored.
-    """
-    folder = find(source)
-    file = folder / WEIGHTS_NAME
-    stored = read(file)
-    own = HRAConfig.from_pretrained(folder) if config is None else config
-    keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
-    for key in keys:
-        is_chain = key.endswith(f".{REFLECTION}") and stored[key].dim() > 1
-        if is_chain and not stored[key].double().ne(0).any(-2).all():
-            raise CheckpointError(
-                f"{file}: {key} has a vector of zeros, which has no direction to reflect. The file is damaged: save or "
-                "download the adapter again."
-            )
-    return Adapter(file, own, {key: stored[key] for key in keys})
 
 
 @dataclass(frozen=True)
@@ -129,6 +79,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     for key, expected in shapes.items():
         if (shape := tuple(adapter.tensors[key].shape)) != expected:
             raise CheckpointError(f"{adapter.file}: {key} must have shape {expected}, got {shape}. {_OTHER_BASE}")
+    adapter.check_not_in(model, layers)
     vectors = {path: adapter.tensors[reflection_key(path)] for path in layers}
     values = {place: adapter.tensors[key] for place, (key, _) in copies.items()}
     return Fitted(layers, config, vectors, values)

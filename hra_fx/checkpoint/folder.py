@@ -6,13 +6,14 @@ Source of the layout: PEFT 0.21, `PeftModel.save_pretrained`: `adapter_config.js
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -57,15 +58,22 @@ def _suggestion(root: Path, folder: Path) -> str:
     return f"There are adapters in the subfolders {some_of(paths, _MAX_LISTED)}: pass the path of one of them."
 
 
-def write(directory: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
+def output_folder(directory: str | os.PathLike[str]) -> Path:
+    """The path of a folder to write to. An empty path would be the current folder."""
+    if not os.fspath(directory):
+        raise CheckpointError("the path of the folder is empty (''). Pass the folder to write, or '.' for this one.")
+    return Path(directory)
+
+
+def write(directory: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor], **metadata: str) -> None:
     """Write an adapter into `directory`, which is created if needed.
 
     Both files are written to disk with temporary names and then renamed, so an error while writing, such as a full
     disk, leaves an old adapter unchanged. If the process is killed between the two renames, the folder contains the new
     configuration and the old weights.
     """
-    folder = Path(directory)
-    data = _serialize(folder / WEIGHTS_NAME, tensors)
+    folder = output_folder(directory)
+    data = _serialize(folder / WEIGHTS_NAME, tensors, **metadata)
     write_files(folder, {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: data})
 
 
@@ -96,7 +104,14 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> by
     _check_finite(path, tensors)
     # safetensors does not accept shared memory.
     plain = {key: one.detach().cpu().clone(memory_format=torch.contiguous_format) for key, one in tensors.items()}
-    return save(plain, {**metadata, "format": "pt"})
+    data = save(plain, {**metadata, "format": "pt"})
+    # safetensors writes the metadata in a random order, so the hashes of equal files would differ.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -110,6 +125,12 @@ def read(path: Path) -> dict[str, Tensor]:
         ) from error
     _check_finite(path, tensors)
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

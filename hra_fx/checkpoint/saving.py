@@ -1,7 +1,4 @@
-"""`save_adapter`: write an adapter in PEFT's format, so that PEFT loads it with the same outputs.
-
-Source of the model card: PEFT 0.21, `PeftModel.create_or_update_model_card`.
-"""
+"""`save_adapter`: write an adapter in PEFT's format, so that PEFT loads it with the same outputs."""
 
 from __future__ import annotations
 
@@ -9,62 +6,40 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, base_row
+from hra_fx.checkpoint.card import CARD_NAME, create_or_update_model_card
 from hra_fx.checkpoint.folder import (
     PREFIX,
     adapter_entries,
     copy_entry,
     copy_key,
     kept_entry,
+    output_folder,
     reflection_key,
     vectors_entry,
     write,
-    write_files,
     write_weights,
 )
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.functional.chain import KEPT, vectors_of
-from hra_fx.layers.class_swap import original_class
+from hra_fx.functional.chain import GRAM_SCHMIDT, KEPT, chain_of, vectors_of
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.model.whole import check_whole
-from hra_fx.selection.origin import origin_of
 from hra_fx.selection.select import resolve_targets, targeted
-from hra_fx.version import VERSION
 
 #: Folder names of checkpoints of transformers' Trainer.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
-CARD_NAME = "README.md"
-#: Placeholder for the location of the adapters, which is unknown when the card is written.
-PLACE = "folder-or-name-of-this-repository"
-
-_CARD = """---
-library_name: peft
----
-
-# HRA adapter of {title}
-
-Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx {version} in PEFT's format.
-To load it over its base model:
-
-```python
-import hra_fx
-
-model = hra_fx.load_adapter(base, "{place}"{option})
-```
-"""
-
-#: The configuration and the tensors of an adapter's two files.
-_Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor]]
+#: The configuration, the tensors and the metadata of an adapter's two files.
+_Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
@@ -108,8 +83,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             f"{list(record.active)} active."
         )
     name = names_in(record, candidates if adapter_name is None else adapter_name)[0]
-    config, tensors = _contents(root, record, name, _state_of(root))
-    on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors))
+    config, tensors, metadata = _contents(root, record, name, _state_of(root))
+    on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, **metadata))
 
 
 def save_adapters(
@@ -131,7 +106,7 @@ def save_adapters(
     and no `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of
     `save_adapter`.
     """
-    (root, record), folder = root_of(model), Path(directory)
+    (root, record), folder = root_of(model), output_folder(directory)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
@@ -147,8 +122,8 @@ def save_adapters(
     entries |= {f"{PREFIX}{key}": torch.empty(0) for key in keys if f".{REFLECTION}." in key}
 
     def write_all() -> None:
-        for name, (config, tensors) in contents.items():
-            write(folder if name == "default" else folder / name, config.to_json_string(), tensors)
+        for name, (config, tensors, metadata) in contents.items():
+            write(folder if name == "default" else folder / name, config.to_json_string(), tensors, **metadata)
         if entries:
             write_weights(folder / "model.safetensors", entries)
         if not (folder / CARD_NAME).exists():
@@ -207,13 +182,16 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         elif form & KEPT:
             kept = state[kept_entry(path, name)]
         tensors[reflection_key(path)] = vectors_of(form, trained, kept)
+    form = GRAM_SCHMIDT * (config.apply_GS and not is_scaled)
+    chains = {path: chain_of(form, tensors[reflection_key(path)]) for path in sites}
+    row = base_row({path: layers[path] for path in sites}, chains)
     owners = all_copies(root)
     for path, entry in copies_of(root, name):
         key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
         tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
     if is_scaled:  # plain reflections
         config = dataclasses.replace(config, apply_GS=False)
-    return _inference_config(root, config), {key: tensor.detach() for key, tensor in tensors.items()}
+    return _inference_config(root, config), {key: tensor.detach() for key, tensor in tensors.items()}, row
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
@@ -241,37 +219,3 @@ def _inference_config(root: nn.Module, config: HRAConfig) -> HRAConfig:
         base_model_name_or_path=base_model_name(root, config),
         auto_mapping=auto_mapping(root, config),
     )
-
-
-def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
-    """PEFT's `base_model_name_or_path`: the configured name, or the name that transformers stores."""
-    return str(config.base_model_name_or_path or origin_of(root).name or "") or None
-
-
-def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
-    """PEFT's `auto_mapping`: the class of the base model, unless the task type determines it."""
-    origin = origin_of(root)
-    mapping = {"base_model_class": origin.class_name, "parent_library": origin.library}
-    return config.auto_mapping or (None if config.task_type else mapping)
-
-
-def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
-    """Write the model card of all adapters. If the folder has one, only its metadata is updated."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    root, configs = root_of(model)[0], root_of(model)[1].configs
-    path, own = Path(output_dir, CARD_NAME), original_class(root)
-    base = next((name for config in configs.values() if (name := base_model_name(root, config))), None)
-    first = "default" if "default" in configs else next(iter(configs))
-    option = "" if first == "default" else f', subfolder="{first}"'
-    text = _CARD.format(title=base or own.__name__, version=VERSION, place=PLACE, option=option)
-    card = ModelCard.load(path) if path.exists() else ModelCard(text)
-    present = card.data.to_dict()
-    # The Hub does not accept a card with a folder as the base model.
-    named = {} if base is None or os.path.isdir(base) else {"base_model": base}
-    tags = {"hra", "hra_fx", *(present.get("tags") or ()), *(getattr(root, "model_tags", None) or ())}
-    tags |= {own.__module__.partition(".")[0]} & {"transformers", "diffusers", "timm"}
-    tags |= {f"base_model:adapter:{name}" for name in named.values()}
-    # The files have PEFT's format.
-    card.data = ModelCardData(**present | {"library_name": "peft", "tags": sorted(tags)} | named)
-    write_files(path.parent, {CARD_NAME: str(card).encode()})

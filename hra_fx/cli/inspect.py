@@ -15,7 +15,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show an adapter: its layers, ranks, parameters and rotation angles, and what its configuration sets."""
-    from hra_fx.checkpoint.adapter import read_adapter
+    from hra_fx.checkpoint.read import read_adapter
     from hra_fx.config import HRAConfig
     from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.card import CARD_NAME, create_or_update_model_card as create_or_update_model_card
 from hra_fx.checkpoint.folder import PREFIX, adapter_entries
-from hra_fx.checkpoint.saving import CARD_NAME, create_or_update_model_card, save_adapters
+from hra_fx.checkpoint.saving import save_adapters
 from hra_fx.errors import AdapterError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import on_first_rank

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -200,6 +200,12 @@ class HouseholderAdapters(nn.ParameterDict):
             self[name] = nn.Parameter(new.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
             own.copy_(distribute_like(new, own))
+
+    def turn_into_pairs(self, name: str) -> None:
+        """Convert the vectors of an adapter to pairs, in the same parameter."""
+        own = self[name]
+        own.grad, own.data = None, to_pairs(own.detach()).to(own.dtype)
+        self.specs[name] = replace(self.specs[name], pairs=True)
 
     def remove(self, name: str) -> None:
         """Remove an adapter, if it exists."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from hra_fx.compat import loaded_class
-from hra_fx.errors import UnsupportedLayerError
+from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.layers.class_swap import original_class
+
+#: Packages with classes that have methods with the same names. The methods of `HRAModel` replace these.
+_REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
 def is_peft_layer(module: nn.Module) -> bool:
@@ -36,3 +40,16 @@ def refuse_peft_layers(model: nn.Module) -> None:
     """Raise an error if a model has PEFT layers. The message names the first one and a fix."""
     if found := find_peft_layer(model):
         raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")
+
+
+def refuse_hidden_names(model: nn.Module, methods: type) -> None:
+    """Raise an error if a model has PEFT layers, or attributes that the public names of `methods` would hide."""
+    refuse_peft_layers(model)
+    cls = original_class(model)
+    for name in vars(methods):
+        home = next((f"{base.__module__}." for base in cls.__mro__ if name in vars(base)), "")
+        if not name.startswith("_") and hasattr(model, name) and not home.startswith(_REPLACED):
+            raise AdapterError(
+                f"{name}: {cls.__name__} has an attribute of this name, which {methods.__name__} would hide. Rename "
+                "it, or use hra_fx.transform and the functions of hra_fx instead."
+            )

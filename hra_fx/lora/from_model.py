@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
 from hra_fx.checkpoint.folder import PREFIX, copy_key
-from hra_fx.checkpoint.saving import auto_mapping, base_model_name
 from hra_fx.compat import state_modules
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer

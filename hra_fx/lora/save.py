@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import write
+from hra_fx.checkpoint.folder import output_folder, write
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.layers.sharding import on_first_rank
@@ -145,7 +145,7 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank
         (['adapter_config.json', 'adapter_model.safetensors'], 2)
     """
-    checked, path = _dtype(dtype), Path(path)
+    checked, path = _dtype(dtype), output_folder(path)
     file_format = "gguf" if path.suffix.lower() == ".gguf" else "peft"
     if parts := parts_of(model_or_pipeline):
         file_format, adapters = "diffusers", adapters_of(parts, adapter_names, rank)

@@ -161,6 +161,15 @@ def test_files_that_killed_processes_left_are_removed_after_a_day(tmp_path: Path
     assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], *BOTH])
 
 
+@pytest.mark.parametrize("save", [hra_fx.save_adapter, hra_fx.save_as_lora, hra_fx.HRAModel.save_pretrained])
+def test_an_empty_path_is_refused(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = hra_fx.transform(mlp(), config("0"))
+    with pytest.raises(CheckpointError, match=r"^the path of the folder is empty \(''\)\. Pass the folder to write"):
+        save(model, "")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("kept")
@@ -179,6 +188,7 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors itself writes metadata in a random order."""
     for i in range(5):
         adapter(tmp_path / str(i), r=3)
     assert len({(tmp_path / str(i) / WEIGHTS_NAME).read_bytes() for i in range(5)}) == 1

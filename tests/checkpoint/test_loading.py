@@ -244,6 +244,9 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
         with_weights(lambda tensors: tensors[LAST][:, 1].zero_()),
         f"{LAST} has a vector of zeros, which has no direction to reflect. The file is damaged: save or download the",
     ),
+    "integers": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.int32)), f"{LAST} has dtype torch.int32, but vectors"),
+    "booleans": (CHAIN, put(LAST, torch.ones(8, 4).bool()), f"{LAST} has dtype torch.bool, but vectors"),
+    "complex": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.complex64)), f"{LAST} has dtype torch.complex64, but"),
     "many unexpected": (
         CHAIN,
         with_weights(lambda tensors: tensors.update({f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)})),
