@@ -38,8 +38,9 @@ def transform(
     `GraphModule` as `model`) rewrites a graph. Both compute the same outputs.
 
     The model remains the same object and an instance of its class. Its `state_dict` keeps all keys and gets the new
-    keys `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw`. The
-    base model's parameters are frozen, and all adapters share them. Biases and modules that `config.bias` and
+    keys `<layer>.hra_u.<adapter>` of shape `(d, r / 2, 2)`, or `(d, r)` if it trains vectors (`HRAConfig.pairs`), with
+    `d = in_features` or `in_channels // groups * kh * kw`. The base model's parameters are frozen, and all adapters
+    share them. Biases and modules that `config.bias` and
     `config.modules_to_save` train are copies, which replace the originals while the adapter is active. The tensors that
     are not in use are in `<module>.hra_saved`.
 
