@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
@@ -33,6 +34,9 @@ def prepare_load(adapters: Any, name: str, state_dict: dict[str, Any], key: str,
             errors.append(f"{key}: {_VECTORS}")
     elif kept is not None:
         adapters.shares.pop(name, None)
+        inner = full_tensor(kept).mT @ full_tensor(kept)
+        if not kept.is_meta and not torch.allclose(inner @ inner, inner, atol=_ROUNDING):
+            errors.append(f"{key}{KEPT}: its columns are not orthonormal, for example because states were averaged.")
         held = adapters.kept(name)
         if held is None or held.shape != kept.shape:
             # Zeros of the shape that is possible: loading fills them, or reports another shape.

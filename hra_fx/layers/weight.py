@@ -121,7 +121,7 @@ def read_weight(layer: nn.Module) -> Any:
     if RUNNING.reader is not None and compat.is_plain_eager() and not found.is_inference():
         watched = found.detach()
         watched.data = watched.new_empty(0)
-        RUNNING.reader.read.append((layer, watched, watched._version))
+        RUNNING.reader.read.append((layer, watched, compat.VERSION(watched)))
     return found
 
 
@@ -186,7 +186,7 @@ def running(forward: Callable[..., Any]) -> Callable[..., Any]:
             output = during(RUNNING.run or WITHOUT_FACTORS, forward, self, *args, **kwargs)
         finally:
             RUNNING.reader = outer
-        if written := [layer for layer, weight, version in reader.read if weight._version != version]:
+        if written := [layer for layer, weight, version in reader.read if compat.VERSION(weight) != version]:
             adapters: Any = written[0]._modules[REFLECTION]
             raise AdapterError(
                 f"{adapters.layer_path}: the forward of the model writes into its {weight_place(written[0])[1]}. It is "

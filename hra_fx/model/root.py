@@ -66,13 +66,14 @@ class AdaptedModel(SwapMixin):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename entries. This is called before the children load their entries."""
-        merged = any(key.startswith(prefix) and key.endswith(f".{REFLECTION}.unmerged") for key in state_dict)
-        if merged is not bool((state := get_state(self)) and state.merged):
+        given = [key for key in state_dict if key.startswith(prefix)]
+        merged = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
+        if given and merged is not bool((state := get_state(self)) and state.merged):
             raise AdapterError(
                 f"adapters are merged in the {'state_dict' if merged else 'model'} only. Call hra_fx.merge_adapter or "
                 "hra_fx.unmerge_adapter first."
             )
-        parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
+        parts = (key.rpartition(f".{REFLECTION}.") for key in given)
         theirs = {name for path, _, name in parts if path}  # the adapters in the state_dict
         # Every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):

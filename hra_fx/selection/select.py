@@ -276,7 +276,7 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
         return f"{class_name} contains no layer that can be adapted. Supported layers: {_SUPPORTED}."
     targets = resolve_targets(model, config, modules)
     shown = f"`target_modules={format_names(targets if config.target_modules is None else config.target_modules)}`"
-    matched = [path for path in once(modules) if _matches(targets, path)]
+    matched = [path for path in once(modules) if path and _matches(targets, path)]
     if not matched:
         hint = parameters_hint(model, names=[targets] if isinstance(targets, str) else targets)
         return f"{shown} matches no module of {class_name}. {hint or available(layers)}"

@@ -111,7 +111,7 @@ def _plan(tokenizer: Any, length: int) -> list[list[int] | int]:
         return [length]
     if not tokenizer.chat_template:
         has_start = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-        return [[tokenizer.bos_token_id], length - 1] if has_start else [length]
+        return [[tokenizer.bos_token_id], length - 1] if has_start and length > 1 else [length]
     said = [{"role": "user", "content": _SAID}]
     chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     if _SAID not in chat:

@@ -19,7 +19,7 @@ CALLS: dict[tuple[str, ...], tuple[int, str]] = {
     ("match", MODEL, "-t", "qproj"): (1, "does not match: `target_modules=['qproj']` matches no module of Llama"),
     ("inspect", "empty"): (2, "error: empty/adapter_model.safetensors: no vectors found (keys that end in "),
     ("fold", MODEL, ADAPTER, "folded"): (0, "folded: 4 layers rotated"),
-    ("convert", ADAPTER, "lora", "--to", "lora", "--base", MODEL): (0, "lora: 4 layers as LoRA of rank 4 (peft, "),
+    ("convert", ADAPTER, "lora", "--to", "lora", "--base", MODEL): (0, "lora: 4 layers as LoRA of rank 4 (peft)"),
 }
 
 

@@ -195,6 +195,10 @@ def test_directions_of_another_shape_are_refused() -> None:
     state["0.hra_u.default_kept"] = state["0.hra_u.default_kept"][1:]
     with pytest.raises(RuntimeError, match=r"size mismatch for 0\.hra_u\.default_kept: .*\[5, 2\]"):
         adapted("protected", 2, None).load_state_dict(state, strict=False)
+    state = adapted("protected", 1).state_dict()
+    state["0.hra_u.default_kept"] = state["0.hra_u.default_kept"] / 2
+    with pytest.raises(RuntimeError, match=r"0\.hra_u\.default_kept: its columns are not orthonormal"):
+        adapted("protected", 2).load_state_dict(state)
 
 
 def test_train_pairs_of_a_script_of_0_4_does_nothing_and_says_so() -> None:

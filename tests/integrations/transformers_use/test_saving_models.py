@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hra_fx
-from hra_fx.checkpoint.saving import PLACE
+from hra_fx.checkpoint.card import PLACE
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 CLASSES: dict[str, Any] = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
