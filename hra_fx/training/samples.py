@@ -73,6 +73,11 @@ def _batch_of_one(row: Mapping[str, Any], names: Collection[str]) -> dict[str, A
         with suppress(TypeError, ValueError, RuntimeError):  # texts, None, and lists of them
             if (tensor := torch.as_tensor(value)).dim():
                 batch[name] = tensor[None]
+    if not batch:
+        raise AdapterError(
+            f"a row of `samples` has no lists of numbers, only {', '.join(row)}. Tokenize it first; chats with "
+            "tokenizer.apply_chat_template(messages, return_dict=True)."
+        )
     ids = batch.get("input_ids")
     if ids is not None and ids.dim() != 2:
         raise AdapterError(

@@ -115,6 +115,8 @@ def test_samples_are_batches_a_loader_rows_of_a_dataset_or_texts() -> None:
     same(kept(model, texts, tokenizer=tokenizer()), wanted)
     with pytest.raises(AdapterError, match=r"`input_ids` of a row must be one list of tokens, got shape \(2, 2\)"):
         kept(model, [{"input_ids": [[1, 2], [3, 4]]}])
+    with pytest.raises(AdapterError, match=r"a row of `samples` has no lists of numbers, only messages\. Tokenize it"):
+        kept(model, [{"messages": [{"role": "user", "content": "w5 w6"}]}])
     with pytest.raises(AdapterError, match=r"such as a list, got BatchEncoding"):
         kept(model, encoded)
 
