@@ -79,12 +79,3 @@ def test_minilm_is_trained_without_python(tmp_path: Path) -> None:
     assert "Gradients for 62,996 of 22,783,912 parameters" in printed
     assert re.search(rf"✓ PEFT loads the adapter file: logits within {SMALL}", printed), printed
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "folded", "step.pt2", "step.pte"}
-
-
-def test_the_recipes_of_the_makefile_are_shell_commands() -> None:
-    """A comma in an argument of `call` would cut it off."""
-    targets = ["demo", "demo-language", "demo-vision", "demo-device", "docs", "check", "test"]
-    printed = subprocess.run(
-        ["make", "--dry-run", "--always-make", *targets], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    subprocess.run(["sh", "-n"], input=printed.stdout, text=True, check=True)

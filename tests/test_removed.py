@@ -45,9 +45,7 @@ def test_tables_are_sorted() -> None:
     assert list(removed.ARGUMENTS) == sorted(removed.ARGUMENTS)
 
 
-@pytest.mark.parametrize(
-    ("name", "argument"), [(name, one) for name, gone in removed.ARGUMENTS.items() for one in gone]
-)
+@pytest.mark.parametrize(("name", "argument"), PAIRS)
 def test_a_removed_argument_says_what_to_use(name: str, argument: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name}: `{argument}` was removed in 0\.5\. [A-Z`].*\.$"):
         operator.attrgetter(name)(hra_fx)(**{argument: True})

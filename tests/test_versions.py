@@ -70,12 +70,6 @@ def test_every_requirement_has_a_version_that_passed_the_tests() -> None:
     assert not [name for name, version in found.items() if version.local], "builds of torch for CUDA and for CPUs fit"
 
 
-def test_what_runs_with_other_releases_is_there() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    (places,) = re.findall(r"^VERSION_TESTS := ((?:.*\\\n)*.*)$", makefile, re.MULTILINE)
-    assert [place for place in places.replace("\\", "").split() if not (ROOT / place).exists()] == []
-
-
 def private_names(file: Path) -> Iterator[str]:
     """Where a file names something private of torch."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

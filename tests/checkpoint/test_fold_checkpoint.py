@@ -36,10 +36,6 @@ def mixtral() -> Any:
     return moe_models.built("mixtral", torch.float32)
 
 
-def gpt_oss() -> Any:
-    return moe_models.built("gpt_oss", torch.float32)
-
-
 #: Model, dtype and fields of the adapter's configuration.
 MODELS: dict[str, tuple[Callable[[], Any], torch.dtype, dict[str, Any]]] = {
     "Llama": (llama, torch.bfloat16, ALL_LINEAR),
@@ -48,7 +44,7 @@ MODELS: dict[str, tuple[Callable[[], Any], torch.dtype, dict[str, Any]]] = {
     "GPT-2": (gpt2, torch.float32, {"target_modules": ["c_attn", "c_proj"]}),
     "Mixtral": (mixtral, torch.bfloat16, {"target_modules": ["q_proj"]}),
     "Mixtral, experts": (mixtral, torch.float32, EXPERTS),
-    "GPT-OSS, experts": (gpt_oss, torch.float32, EXPERTS),
+    "GPT-OSS, experts": (lambda: moe_models.built("gpt_oss", torch.float32), torch.float32, EXPERTS),
     "T5": (t5, torch.bfloat16, {"target_modules": ["q", "wo"]}),
     "BERT": (bert, torch.float32, {"target_modules": ["query"], "bias": "all"}),
     "BERT, a classifier": (
@@ -202,10 +198,6 @@ def test_a_failed_and_a_killed_call_write_nothing(tmp_path: Path) -> None:
         hra_fx.fold_checkpoint(base, adapter, base / "inside")
 
 
-def without_weights(base: Path, adapter: Path) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-
-
 def without_a_tensor(base: Path, adapter: Path) -> None:
     state = tensors(base)
     del state["model.norm.weight"]
@@ -227,7 +219,10 @@ def of_another_base(base: Path, adapter: Path) -> None:
 
 #: What is changed, and the message.
 REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "pickle": (without_weights, "base: cannot load the model (OSError: "),
+    "pickle": (
+        lambda base, _: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
+        "base: cannot load the model (OSError: ",
+    ),
     "missing tensor": (without_a_tensor, "base: the files have no model.norm.weight, which LlamaForCausalLM needs."),
     "quantized": (
         config_with(quantization_config={"quant_method": "x"}),

@@ -283,23 +283,12 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
     ),
 }
 #: Each damaged adapter is loaded into one kind of model, in turn.
-CASES = [
-    pytest.param(state, *damage, id=f"{name}, {state}")
-    for (name, damage), state in zip(DAMAGES.items(), itertools.cycle(MODELS), strict=False)
-]
+CASES = [*zip(DAMAGES, itertools.cycle(MODELS), strict=False)]
 
 
-@pytest.mark.parametrize(("state", "before", "damage", "file", "reason", "kind"), CASES)
-def test_damage_is_refused_and_leaves_the_model_unchanged(
-    state: str,
-    before: Saved,
-    damage: Callable[[Path], object],
-    file: str,
-    reason: str,
-    kind: type[Exception],
-    tmp_path: Path,
-) -> None:
-    targets, fields = before
+@pytest.mark.parametrize(("name", "state"), CASES)
+def test_damage_is_refused_and_leaves_the_model_unchanged(name: str, state: str, tmp_path: Path) -> None:
+    (targets, fields), damage, file, reason, kind = DAMAGES[name]
     whole = saved(tmp_path / "whole", *targets, **fields)
     folder = shutil.copytree(whole, tmp_path / "damaged")
     damage(folder)

@@ -19,7 +19,6 @@ from cli.shell import Answer, answer
 import hra_fx
 
 COMMANDS = ["inspect", "match", "fold", "convert"]
-SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 
 def test_there_is_one_version() -> None:

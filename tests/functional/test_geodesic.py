@@ -171,7 +171,6 @@ REFUSED: list[tuple[Tensor, float, str]] = [
     (normal(20, 6, 3), 0.5, "an odd number of reflections (determinant -1) has no path from the identity. Train with"),
     (normal(21, 6, 4) * torch.tensor([1, 1, 0, 1]), 1.0, "an odd number of reflections"),
     (normal(23, 6, 4).index_fill(0, torch.tensor([2]), math.inf), 0.5, "the vectors have NaN or infinite values. Load"),
-    (torch.empty(6, 4, device="meta"), 0.5, "the vectors are on the meta device. Load the adapter's weights first."),
 ]
 
 

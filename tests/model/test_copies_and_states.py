@@ -133,16 +133,6 @@ def test_a_shared_module_is_copied_once(names: list[str]) -> None:
     assert_close(model(x), oracle(plain, model, ["b"], x))
 
 
-def test_two_adapters_with_copies_of_one_module_are_not_used_together() -> None:
-    model = adapted(net(), b=config("second", **HEAD), c=config("second", bias="all"))[1]
-    text = (
-        r"^adapters \['c', 'b'\] each have a trained copy of head \(modules_to_save or bias\), and only one "
-        r"copy can be used at a time\. Set one of these adapters\.$"
-    )
-    with refuses(model, text):
-        hra_fx.set_adapter(model, ["c", "b"])
-
-
 def test_a_container_that_owns_a_parameter_is_not_copied_and_a_copy_that_is_not_finite_is_not_folded() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8)))
     model[1].gain = nn.Parameter(torch.ones(8))

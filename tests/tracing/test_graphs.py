@@ -16,7 +16,6 @@ from tracing.captured import run
 from tracing.models import Images
 
 import hra_fx
-from hra_fx.errors import AdapterError
 
 
 class Net(nn.Module):
@@ -78,8 +77,3 @@ def test_a_model_that_torch_fx_traces() -> None:
     graph.eval()
     assert_same(fx.Interpreter(graph).run(IMAGE), model(IMAGE))
     assert_same(torch.export.export(graph, (IMAGE,)).module()(IMAGE), model(IMAGE))
-
-
-def test_a_plain_model_has_no_graphs() -> None:
-    with pytest.raises(AdapterError, match=r"Net has no adapters\. Call hra_fx\.transform"):
-        hra_fx.graphs(Net())

@@ -129,12 +129,6 @@ class NoArguments(Two):
         return self.second(self.first(x[0]))
 
 
-class Outputs(Two):
-    def forward(self, x: Tensor) -> Any:
-        out = self.second(self.first(x))
-        return out if self.training else (out, x)
-
-
 MODES, RANDOM = "it runs different operations in train mode in ", "it draws random numbers in Python or seeds"
 TRACES: dict[str, tuple[type[nn.Module], str]] = {
     "if": (middle(clamped, Two), "it branches on a value"),
@@ -151,7 +145,6 @@ TRACES: dict[str, tuple[type[nn.Module], str]] = {
     "hooks": (Hooked, "first: it has hooks"),
     "no arguments": (NoArguments, "its forward does not have a required argument"),
     "modes": (middle(lambda self, hidden: hidden if self.training else torch.relu(hidden), Two), MODES),
-    "outputs": (Outputs, MODES),
 }
 
 
@@ -176,7 +169,6 @@ CALLS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] =
         AdapterError,
         r"Branches: in eval mode, it does not run on the example \(RuntimeError: mat1 and mat2.*\)\. Pass `example_in",
     ),
-    "dtype, torch.fx": (Two, {"example_inputs": X.float()}, AdapterError, "Two: in eval mode, it does not run on the"),
     "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
     "dynamic_shapes": (
         Two,

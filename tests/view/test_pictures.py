@@ -221,10 +221,7 @@ def test_wrong_options_leave_the_file_as_it_was(ending: str, options: Any, messa
     assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]
 
 
-def test_files_that_cannot_be_written_and_removed_options(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         hra_fx.visualize(drawn("one layer"), tmp_path / "nowhere" / "a.svg")
-    for name in ("heat", "theme"):
-        with pytest.raises(TypeError, match=f"visualize: `{name}` was removed in 0.5. Leave it out: "):
-            hra_fx.visualize(drawn("one layer"), tmp_path / "a.svg", **{name: None})
     assert not [*tmp_path.iterdir()]

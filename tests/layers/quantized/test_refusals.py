@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 
 import bitsandbytes
@@ -85,14 +84,6 @@ def test_an_offloaded_layer(scheme: str) -> None:
 def test_a_trained_copy() -> None:
     message = refused(quantized("torchao, Int8Tensor"), config("0", modules_to_save=["2"]))
     assert message.startswith("2 (Linear") and "cannot be copied for training" in message
-
-
-def test_layers_of_torch_ao() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao's quantization is deprecated
-        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 4)), {nn.Linear})
-    message = refused(model, config("0"), SelectionError)
-    assert message.startswith("`target_modules` matches 0 (Linear), but only nn.Linear, quantized")
 
 
 def test_all_linear_selects_layers_of_all_libraries() -> None:
