@@ -69,6 +69,7 @@ def test_a_trained_copy_of_a_tied_head_is_folded_and_a_saved_model_loads_equal(
     assert relative_error(logits(model), wanted) < 1e-12
 
 
+@pytest.mark.needs("transformers>=5")  # earlier releases tie the output layer alone by the setting
 def test_a_trained_copy_of_one_of_several_tied_weights_is_not_folded() -> None:
     with pytest.warns(hra_fx.HRAWarning, match=r"lm_head\.weight are tied, and adapter"):
         model = transformed(tiny.t5(), "q", modules_to_save=["lm_head"])
