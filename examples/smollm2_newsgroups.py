@@ -186,7 +186,8 @@ def main(train_size: int, test_size: int, output: Path) -> None:
     rows = [scores("base", model, tokenizer, texts)]
     said = {"base": continued(model, tokenizer)}
 
-    own_texts = hra_fx.own_texts(model, count=min(64, train_size), length=LENGTH, batch_size=KEPT)
+    written = hra_fx.own_texts(model, count=min(64, train_size), length=LENGTH, batch_size=32)
+    own_texts = [{"input_ids": rows} for batch in written for rows in batch["input_ids"].split(KEPT)]
     model = hra_fx.transform(model, CONFIG)
     start = copy.deepcopy(model)
     for name, kept in (("plain", []), ("kept", own_texts)):
