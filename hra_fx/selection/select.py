@@ -208,7 +208,7 @@ def _default_targets(model: nn.Module, modules: Modules) -> tuple[str, ...] | st
     if model_type in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[model_type]
     raise SelectionError(
-        f"`target_modules` must be set: there is no default for {type(model).__name__} (model_type {model_type!r}). "
+        f"`target_modules` must be set: {type(model).__name__} (model_type {model_type!r}) has no default. "
         f"{available(_adaptable_in(modules))}"
     )
 
@@ -223,7 +223,7 @@ def _adaptable_in(modules: Modules) -> list[str]:
 def _check_saved(chosen: Modules, saved: Modules, config: HRAConfig, modules: Modules) -> None:
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in saved):
-            raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {available(modules)}")
+            raise SelectionError(f"`modules_to_save`: no module is called {name!r}. {available(modules)}")
     for path, layer in chosen.items():
         if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
             is_experts = isinstance(layer, ExpertsWeight)  # `exclude_modules` does not restrict these

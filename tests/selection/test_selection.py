@@ -34,7 +34,7 @@ MESSAGES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
         {"target_modules": ["qeury"]},
         f"=['qeury']` matches no module of BertForSequenceClassification. {NAMES}",
     ),
-    (Nested, {}, "must be set: there is no default for Nested (model_type None). Available names: "),
+    (Nested, {}, "must be set: Nested (model_type None) has no default. Available names: "),
     (
         nn.ReLU,
         {"target_modules": ["q"]},
@@ -47,7 +47,7 @@ MESSAGES: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
         {"target_modules": ["attention"]},
         "can be adapted. Use target_modules=['query', 'key', 'value', 'dense'].",
     ),
-    (tiny_bert, {"modules_to_save": ["clasifier"]}, "there is no module 'clasifier'. Available names: 'bert', 'em"),
+    (tiny_bert, {"modules_to_save": ["clasifier"]}, "no module is called 'clasifier'. Available names: 'bert', 'em"),
     (
         Nested,
         {"target_modules": ["sub_head"], "modules_to_save": ["head"]},
