@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, is_higher_order
-from hra_fx.errors import CaptureError
+from hra_fx.compat import ASSERT_METADATA
+from hra_fx.passes.blocks import inline_blocks
 from hra_fx.passes.exported import CALL_LAYER, exporting
-from hra_fx.passes.inputs import Inputs, conditions_of, nest
-from hra_fx.passes.nodes import line_of, replace_node
+from hra_fx.passes.inputs import NO_AUTOCAST, Inputs, conditions_of, nest
+from hra_fx.passes.nodes import replace_node
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -46,11 +46,11 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     """Convert the graph of a program to one that uses the modules and tensors of the captured model."""
     with exporting():  # torch cannot write the code of some programs, such as one with a layer called "in"
         module: fx.GraphModule = program.module(check_guards=False)
-    _refuse_blocks(module)
+    disables_autocast = inline_blocks(module)
     graph = module.graph
     graph.owning_module = None  # this module does not have layers to call
     inputs = nest(graph, program, model)
-    conditions = conditions_of(program, inputs)
+    conditions = conditions_of(program, inputs) + [NO_AUTOCAST] * disables_autocast
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         call = replace_node(node, "call_module", node.args[1], node.args[:1])
         copied = call.next  # the capture copies outputs, in case the model writes into them
@@ -83,16 +83,6 @@ def _simplify(graph: fx.Graph, inputs: Inputs, model: nn.Module) -> None:
         with graph.inserting_after(max(inputs.arguments)):
             graph.call_module(CHECKS, tuple(inputs.arguments))
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())  # batch norm updates buffers
-
-
-def _refuse_blocks(module: fx.GraphModule) -> None:
-    """Raise an error for a block with a separate graph, which a graph of layers cannot call."""
-    for node in module.graph.nodes:
-        if is_higher_order(node.target):
-            bodies = [getattr(module, str(read.target), None) for read in node.all_input_nodes]
-            inner = [each for body in bodies if isinstance(body, fx.GraphModule) for each in body.graph.nodes]
-            known = next((each for each in (node, *inner) if line_of(each)), node)
-            raise CaptureError(f"it runs a block of operators ({node.target}){line_of(known)}")
 
 
 def _name_constants(graph: fx.Graph, program: ExportedProgram) -> dict[str, Tensor]:

@@ -39,6 +39,21 @@ def test_a_graph_is_compiled_exported_and_runs_under_autocast() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+class Blocks(Branches):
+    def middle(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.first(hidden[:, :6]).abs()
+            with torch.autocast("cpu", enabled=False):
+                scale = scale.mT @ scale
+        return hidden @ scale
+
+
+def test_a_graph_of_a_block_that_disables_autocast_raises_under_autocast() -> None:
+    graph, _ = twins(Blocks().double(), X)
+    with torch.autocast("cpu"), pytest.raises(AssertionError, match=r"for inputs with `not torch\.is_autocast"):
+        graph(X)
+
+
 class Router(nn.Linear):
     """Returns two tensors, as the routers of Llama 4 and PhiMoE do."""
 
@@ -95,6 +110,7 @@ class WithoutBackward(Branches):
 @pytest.mark.parametrize(
     ("make", "example", "other"),
     [
+        (Blocks, {"x": X}, {"x": X.sin()}),
         (Routed, {"x": X}, {"x": torch.randn(9, 6).double()}),
         (InPlace, (X, 3), (X[:3], 3)),
         (CalledTwice, {"x": X}, {"x": X.sin()}),

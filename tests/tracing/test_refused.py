@@ -72,7 +72,6 @@ class Assigning(Branches):
         return self.average(hidden, 0.1)
 
 
-BLOCK = "it runs a block of operators .wrap_with_"
 LINE = r"at \w+\.py, line \d+, `.*`"
 DRAWS = "in eval mode, its use of random numbers.* differs for the example"
 CUSTOM = "in eval mode, its set of custom autograd functions differs for the example: {'Straight'}"
@@ -82,8 +81,7 @@ CAPTURES: dict[str, tuple[type[nn.Module], str]] = {
         f"it runs different operations in train mode {LINE} and in eval mode {LINE}",
     ),
     "values": (middle(clamped), f"torch.export fails {LINE} .*data-dependent"),
-    "no_grad": (middle(detached), f"{BLOCK}set_grad_enabled.*{LINE}"),
-    "autocast": (middle(rounded), f"{BLOCK}autocast"),
+    "autocast": (middle(rounded), f"it runs a block of operators .wrap_with_autocast. {LINE}"),
     "cond": (
         middle(lambda self, hidden: torch.cond(hidden.sum() > 0, torch.sin, torch.cos, (hidden,))),
         f"it runs a block of operators .cond. {LINE}",
