@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo.entry import Entry
 from zoo.oracle import Oracle, buffers_of, kept_buffers
 from zoo.outputs import LOOSEST, TIGHT, Differs, cast, check_usable, distances, flat, seed
+from zoo.result import NOT_APPLICABLE
 
 #: Relative change of the weights that has the size of the rounding error of a rotation.
 _NOISE = {torch.float64: 1e-14, torch.float32: 2e-6}
@@ -93,6 +94,8 @@ class Runs:
         noise = distances(noisy(), wanted)
         for name, gap in gaps.items():
             limit = min(LOOSEST, max(tight, _BEYOND * noise[name]))
+            if gap > limit and noise[name] > LOOSEST:
+                raise Differs(f"{NOT_APPLICABLE}: rounding errors alone change {name} by {noise[name]:.1e}")
             if gap > limit:
                 raise Differs(f"{name} is off by {gap:.1e} of its largest value; rounding explains {noise[name]:.1e}")
 
