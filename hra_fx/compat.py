@@ -219,6 +219,11 @@ def weight_conversions() -> Any:
     return importlib.import_module(name) if find_spec(name) else None
 
 
+def conversion_names() -> dict[str, str]:
+    """Model type -> the name of its conversion of checkpoints in transformers."""
+    return getattr(weight_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {})
+
+
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Context manager in which experts of transformers compute one expert after the other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -44,7 +45,14 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_names_or_regex(value: Any) -> bool:
-    return isinstance(value, str) or _is_names(value)
+    return _is_regex(value) or _is_names(value)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
 
 
 def _is_indices(value: Any) -> bool:
@@ -54,10 +62,11 @@ def _is_indices(value: Any) -> bool:
 
 def _is_ranks(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(pattern, str) and pattern and _is_positive_int(rank) for pattern, rank in value.items()
+        pattern and _is_regex(pattern) and _is_positive_int(rank) for pattern, rank in value.items()
     )
 
 
+_NAMES = "a list of str or a valid regular expression"
 #: Field -> the check of its value, and what a value must be. The method comes first, because files of other methods
 #: also differ in other fields.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -70,10 +79,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_weights": (_is_bool, "a bool"),
     "pairs": (_is_bool, "a bool"),
     "base_model_name_or_path": (lambda value: isinstance(value, str | os.PathLike | None), "a str or a path"),
-    "target_modules": (_is_names_or_regex, "a str or a list of str"),
-    "exclude_modules": (_is_names_or_regex, "a str or a list of str"),
+    "target_modules": (_is_names_or_regex, _NAMES),
+    "exclude_modules": (_is_names_or_regex, _NAMES),
     "layers_to_transform": (_is_indices, "an int >= 0 or a list of them"),
-    "layers_pattern": (_is_names_or_regex, "a str or a list of str"),
+    "layers_pattern": (_is_names_or_regex, _NAMES),
     # An empty name would match every module.
     "modules_to_save": (lambda value: _is_names(value) and "" not in (value or ()), "a list of names"),
     "target_parameters": (lambda value: _is_names(value) and "" not in (value or ()), "a list of names"),

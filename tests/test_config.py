@@ -116,7 +116,7 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
     ("peft_type", ["LORA", None], "'HRA', because only adapters of this method can be loaded"),
     ("task_type", ["CHAT", 1], "None or one of SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM, TOKEN_CLS, QUESTION_ANS, FEATURE_EX"),
     ("base_model_name_or_path", [3], "a str or a path"),
-    ("target_modules", [3, {"q": 1}, b"q", ["q", 1]], "a str or a list of str"),
+    ("target_modules", [3, {"q": 1}, b"q", ["q", 1], "("], "a list of str or a valid regular expression"),
     ("layers_to_transform", [-1, "1", [0, -1]], "an int >= 0 or a list of them"),
     ("modules_to_save", ["head", [""]], "a list of names"),
     ("target_parameters", ["experts", [3]], "a list of names"),

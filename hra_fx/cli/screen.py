@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -89,6 +88,6 @@ class ErrorHandlingGroup(TyperGroup):
                 return super().invoke(ctx)
             except BrokenPipeError:  # handled by the caller
                 raise
-            except (HRAError, OSError, re.error) as error:
+            except (HRAError, OSError) as error:
                 print_message("error", str(error), "bold red")
                 raise typer.Exit(FAILED) from error

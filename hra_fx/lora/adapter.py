@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hra_fx.checkpoint.folder import PREFIX
-from hra_fx.compat import weight_conversions
+from hra_fx.compat import conversion_names, weight_conversions
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind
 from hra_fx.lora.unsupported import unsupported
@@ -171,8 +171,7 @@ def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
     found = {layer.path: parameter_of(layer.path) for layer in adapter.layers if layer.kind == "experts"}
     # With a module of this name, transformers converts checkpoints for the model.
     if any(path.rpartition(".")[2] == "experts" for path in adapter.modules):
-        patterns = getattr(weight_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {})
-        names = _OF_EXPERTS.get(patterns.get(adapter.model_config.get("model_type")), ())
+        names = _OF_EXPERTS.get(conversion_names().get(adapter.model_config.get("model_type", "")), ())
         linear = [layer.path for layer in adapter.layers if layer.kind == "linear"]
         found |= {path: f"{path}.weight" for path in linear if path.rpartition(".")[2] in names}
     return found
