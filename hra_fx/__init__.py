@@ -106,7 +106,7 @@ __all__ = sorted({*_HOMES, *errors.__all__})
 
 
 def __getattr__(name: str) -> Any:
-    if name == "integrations":  # the Trainer and callbacks, whose libraries are slow to import
+    if name == "integrations":  # its removed names raise errors that say what to write instead
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise_if_removed(name)

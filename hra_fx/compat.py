@@ -241,8 +241,6 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
-#: The class of one overload of an operator, such as `torch.ops.aten.add.Tensor`. It has no public name.
-OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 #: The key of `GraphModule.meta` for attributes that fx sets in each deepcopy.
 KEPT_ATTRIBUTES = "_user_preserved_attributes"
 #: The operator that checks the dtype and device of a tensor before a cast.

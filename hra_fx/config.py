@@ -102,7 +102,9 @@ class HRAConfig:
         for name in _field_names():
             value = getattr(self, name)
             check_field(name, value)
-            if isinstance(value, Collection) and not isinstance(value, str | Mapping):
+            if isinstance(value, Mapping):
+                setattr(self, name, dict(value))
+            elif isinstance(value, Collection) and not isinstance(value, str):
                 is_set = name in ("target_modules", "exclude_modules")
                 # The order of a set differs between processes.
                 setattr(self, name, set(value) if is_set else _plain(value) if isinstance(value, Set) else list(value))

@@ -48,6 +48,11 @@ def _is_names_or_regex(value: Any) -> bool:
     return _is_regex(value) or _is_names(value)
 
 
+def _is_patterns(value: Any) -> bool:
+    patterns = [value] if isinstance(value, str) else value
+    return _is_names(patterns) and all(_is_regex(rf"(?:^|.*?\.){pattern}\.(\d+)\.") for pattern in patterns or ())
+
+
 def _is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -62,7 +67,7 @@ def _is_indices(value: Any) -> bool:
 
 def _is_ranks(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        pattern and _is_regex(pattern) and _is_positive_int(rank) for pattern, rank in value.items()
+        pattern and _is_regex(rf"(.*\.)?({pattern})$") and _is_positive_int(rank) for pattern, rank in value.items()
     )
 
 
@@ -82,9 +87,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": (_is_names_or_regex, _NAMES),
     "exclude_modules": (_is_names_or_regex, _NAMES),
     "layers_to_transform": (_is_indices, "an int >= 0 or a list of them"),
-    "layers_pattern": (_is_names_or_regex, _NAMES),
+    "layers_pattern": (_is_patterns, _NAMES),
     # An empty name would match every module.
     "modules_to_save": (lambda value: _is_names(value) and "" not in (value or ()), "a list of names"),
     "target_parameters": (lambda value: _is_names(value) and "" not in (value or ()), "a list of names"),
-    "rank_pattern": (_is_ranks, "a dict of names and ranks, which are positive ints"),
+    "rank_pattern": (_is_ranks, "a dict of valid regular expressions and ranks, which are positive ints"),
 }

@@ -76,7 +76,7 @@ class GraphInvariantError(HRAError):
 
 
 class VisualizeError(HRAError, ValueError):
-    """A picture or plot cannot be made: a wrong option or file extension, a path that cannot be written, or no rows."""
+    """A picture cannot be made: a wrong file extension, focus or type of model."""
 
 
 class HRAWarning(UserWarning):

@@ -50,9 +50,12 @@ def example_call(model: nn.Module) -> Call | None:
     make = _EXAMPLES.get(main) if isinstance(main, str) else None
     if config is None or make is None:
         return None
-    device = next(model.parameters()).device
+    device = device_of(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    main_input: Tensor = make(config)
+    try:
+        main_input = make(config)
+    except AttributeError:  # the configuration has no sizes
+        return None
     made: dict[str, Any] = {str(main): main_input.to(device, dtype if main_input.is_floating_point() else None)}
     accepted = inspect.signature(model.forward).parameters
     if main == "input_ids" and "attention_mask" in accepted:

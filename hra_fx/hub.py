@@ -23,7 +23,8 @@ def local_folder(
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    known = inspect.signature(snapshot_download).parameters
+    chosen = ("repo_id", "allow_patterns")  # by the arguments above
+    known = [name for name in inspect.signature(snapshot_download).parameters if name not in chosen]
     if unknown := [option for option in options if option not in known]:
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}. Use subfolder, {', '.join(known)}.")
     if os.path.isdir(source):

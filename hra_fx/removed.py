@@ -1,4 +1,4 @@
-"""What version 0.5 removed, and what to write instead. The tables go in 0.6; docs/upgrading.md has the same rows.
+"""What version 0.5 removed, and what to write instead, as in docs/upgrading.md. Version 0.6 removes the tables.
 
 A removed name raises `ImportError`, so that `from hra_fx import name` shows the message too: there, Python replaces an
 `AttributeError` by its own error.

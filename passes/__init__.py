@@ -10,7 +10,8 @@ place, ends with `lint` and `recompile`, and does nothing the second time. Nodes
 `stack_trace`. The graph is the only record: a reflection is a node that calls `<layer>.hra_u`.
 
 `trace` uses the other files: `capture`, `exported`, `blocks` and `canonical` for a graph of torch.export, `inputs` for
-what it takes, `modes` for train and eval mode, `graph` for the module, and `compare` to compare it with the model.
+what it takes, `modes` for train and eval mode, `graph` for the module, and `compare`, `observed` and `other_calls` to
+compare it with the model. `nodes` has helpers.
 """
 
 from __future__ import annotations

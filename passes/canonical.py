@@ -30,7 +30,9 @@ class Canonical(NamedTuple):
     """The graph of a model in one mode. It first calls `CHECKS`, then the model's layers.
 
     Attributes:
+        graph: calls and operators of the model.
         constants: name of a call in the graph -> the tensor that it returns, which the forward creates.
+        conditions: those on its inputs, as expressions.
         inputs: its arguments and the values in them.
         sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """

@@ -72,23 +72,26 @@ def trace(
     try:
         return capture_layers(model, call, dynamic_shapes, attach, only=only)
     except CaptureError as error:
-        raise _refusal(model, error, "Leave out trace=True: the adapted layers work without a graph.") from error
+        raise _refusal(model, error) from error
 
 
 def _odd_names(model: nn.Module) -> Iterator[str]:
-    """The attributes with a name that is a keyword of Python, or of a GraphModule."""
+    """The attributes whose name is a keyword of Python or an attribute of GraphModule."""
     for path, part in model.named_modules():
         for name in (*part._modules, *part._parameters, *part._buffers):
             if keyword.iskeyword(name) or (not path and hasattr(fx.GraphModule, name)):
                 yield f"{path}.{name}".lstrip(".")
 
 
-def _refusal(model: nn.Module, error: CaptureError, advice: str = "") -> AdapterError:
+def _refusal(model: nn.Module, error: CaptureError) -> AdapterError:
     """The error of a model that cannot be captured."""
     name = type(model).__name__
     if isinstance(error, ExampleError):
         return AdapterError(f"{name}: {error.reason}. Pass `example_inputs` that the model runs on.")
-    return AdapterError(f"torch.export cannot capture {name}: {error.reason}. {advice}")
+    return AdapterError(
+        f"torch.export cannot capture {name}: {error.reason}. Leave out trace=True: the adapted layers work without a "
+        "graph."
+    )
 
 
 def trace_by_fx(

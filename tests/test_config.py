@@ -120,11 +120,8 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
     ("layers_to_transform", [-1, "1", [0, -1]], "an int >= 0 or a list of them"),
     ("modules_to_save", ["head", [""]], "a list of names"),
     ("target_parameters", ["experts", [3]], "a list of names"),
-    (
-        "rank_pattern",
-        [{"q": 0}, {"q": True}, [("q", 1)], {"": 1}],
-        "a dict of names and ranks, which are positive ints",
-    ),
+    ("layers_pattern", [["h("]], "a list of str or a valid regular expression"),
+    ("rank_pattern", [{"q": 0}, {"q": True}, [("q", 1)], {"": 1}, {"(": 1}], "a dict of valid regular expressions"),
 ]
 
 

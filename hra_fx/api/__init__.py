@@ -1,1 +1,1 @@
-"""Public entry points: `transform`, `fold`, `graphs`, `load_adapter`, and PEFT's names and methods."""
+"""Public entry points: `transform`, `load_adapter`, `fold_checkpoint`, and PEFT's names and methods."""

@@ -67,6 +67,7 @@ def fold_checkpoint(
 
     Raises:
         CheckpointError: a file is missing, damaged, a pickle, or does not fit; or writing failed.
+        ConfigError: the configuration of an adapter is invalid.
         AdapterError, FoldError, UnsupportedLayerError: as for `load_adapter` and `fold`. After any error, `base_dir`
             and `out_dir` are unchanged.
 

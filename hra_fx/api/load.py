@@ -63,6 +63,7 @@ def load_adapter(
         AdapterError: the model has an adapter with this name and another configuration, adapters are merged, or
             accelerate offloads trained copies.
         UnsupportedLayerError: see `transform`. After any error the model is unchanged.
+        TypeError: an unknown keyword argument.
 
     Example:
         >>> import tempfile

@@ -30,8 +30,8 @@ PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
 _MAX_LISTED = 10
 _SAVED_BY = (
-    "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True). fold and load_adapter take "
-    "the model first, then the adapter."
+    "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True). load_adapter and "
+    "fold_checkpoint take the model first, then the adapter."
 )
 
 

@@ -31,7 +31,7 @@ from hra_fx.functional.chain import GRAM_SCHMIDT, KEPT, chain_of, vectors_of
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
-from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, name_in, names_in, root_of
 from hra_fx.model.whole import check_whole
 from hra_fx.selection.select import resolve_targets, targeted
 
@@ -82,7 +82,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             f"adapter_name is required: the model has the adapters {list(record.configs)}, with "
             f"{list(record.active)} active."
         )
-    name = names_in(record, candidates if adapter_name is None else adapter_name)[0]
+    name = name_in(record, next(iter(candidates)) if adapter_name is None else adapter_name)
     config, tensors, metadata = _contents(root, record, name, _state_of(root))
     on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, **metadata))
 
@@ -153,7 +153,7 @@ def get_peft_model_state_dict(
         ['base_model.model.0.hra_u']
     """
     root, record = root_of(model)
-    names_in(record, adapter_name)
+    name_in(record, adapter_name)
     return _contents(root, record, adapter_name, _state_of(root) if state_dict is None else state_dict)[1]
 
 

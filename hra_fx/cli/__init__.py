@@ -1,4 +1,4 @@
-"""The command line `hra-fx`. Nothing else imports this package."""
+"""The command line `hra-fx`. The library does not import this package."""
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.state import adapted_layers, names_in, root_of
+from hra_fx.model.state import adapted_layers, name_in, root_of
 
 if TYPE_CHECKING:
     import numpy
@@ -109,16 +109,17 @@ def adapter_inputs(
     shapes = {slot.name.removesuffix(ending): slot.shape for slot in inputs if slot.name.endswith(ending)}
     chains = {path: reflection.chain(name).detach().cpu() for path, reflection in reflections.items()}
     for path, chain in chains.items():
-        width, rank = shapes.get(path, (0, 0))
-        if chain.shape[0] != width or chain.shape[1] > rank:
+        *sizes, rank = shapes.get(path, (0, 0))
+        if list(chain.shape[:-1]) != list(sizes) or chain.shape[-1] > rank:
+            width = sizes[-1]
             raise AdapterError(
-                f"{path}: adapter {name!r} has {chain.shape[1]} reflections of width {chain.shape[0]} here, and the "
+                f"{path}: adapter {name!r} has {chain.shape[-1]} reflections of width {chain.shape[-2]} here, and the "
                 f"graph supports at most {rank} of width {width}. Export it with an adapter of this rank on all layers."
             )
     dtype = next(iter(chains.values())).dtype
     padded = {path: torch.zeros(*shape, dtype=dtype) for path, shape in shapes.items()}
     for path, chain in chains.items():
-        padded[path][:, : chain.shape[1]] = chain
+        padded[path][..., : chain.shape[-1]] = chain
     return {path + ending: vectors.numpy() for path, vectors in padded.items()}
 
 
@@ -131,11 +132,11 @@ def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
             f"a graph needs exactly one active adapter, which is not merged or disabled, got {list(active)}. Call "
             "hra_fx.set_adapter(model, name)."
         )
-    name = names_in(record, adapter_name or active)[0]
+    name = name_in(record, active[0] if adapter_name is None else adapter_name)
     for path, (_, copies) in all_copies(root).items():
         if name in copies.copied:
             raise AdapterError(
                 f"{path or 'the model'}: adapter {name!r} trains a copy of it (modules_to_save or bias), which cannot "
                 "be an input of a graph. Export this adapter alone, without make_swappable."
             )
-    return name, {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
+    return name, {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hra_fx.functional.rotate import widest_dtype
+
 #: Rows of a sketch in addition to the number of directions.
 _MORE = 8
 #: Iterations of a decomposition. With two, a slowly falling spectrum loses several percent of the energy.
@@ -27,7 +29,7 @@ class Sketch:
 
     def __init__(self, d: int, directions: int, device: torch.device, experts: int | None = None) -> None:
         """Start without vectors."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = widest_dtype(device)
         size = min(d, directions + _MORE)
         self.values = torch.zeros(*(() if experts is None else (experts,)), size, d, dtype=dtype, device=device)
         self.energy = torch.zeros((), dtype=dtype, device=device)

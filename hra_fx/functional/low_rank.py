@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.functional.householder import normalize, span
+from hra_fx.functional.rotate import widest_dtype
 
 #: Singular values below this fraction of the largest one are rounding errors of float32 factors.
 _NEGLIGIBLE = 2.0**-27
@@ -65,7 +66,7 @@ def project(rows: Tensor, V: Tensor) -> Tensor:
 
     `W` may have any floating-point dtype, on any device. On MPS, the product is computed in float32.
     """
-    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    dtype = widest_dtype(rows.device)
     wide = V.to(rows.device, dtype)
     return torch.cat([block.to(dtype) @ wide for block in torch.split(rows, _BLOCK)]).cpu().double()
 

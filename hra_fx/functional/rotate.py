@@ -9,6 +9,11 @@ from hra_fx.errors import FoldError
 from hra_fx.functional.householder import compact_wy, normalize, without_autocast, working_dtype
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64; on Apple GPUs, which do not have it, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False) -> Tensor:
     """Compute the rotated weight `W Q = W - (W U) T U^T`. It is differentiable, and autocast does not affect it.
 
@@ -56,7 +61,9 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
     if not apply_GS:
         return
     # `U = V R`: a small entry of the diagonal of `R` is a column in the span of the columns before it.
-    diagonal = torch.linalg.qr(vectors.detach().double(), mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+    diagonal = (
+        torch.linalg.qr(vectors.detach().to(widest_dtype(vectors.device)), mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+    )
     if bool((diagonal.amin(-1) <= 8 * torch.finfo(vectors.dtype).eps * diagonal.amax(-1)).any()):
         raise FoldError(
             f"{where}: the vectors of {adapter!r} are linearly dependent, so their Gram-Schmidt basis is rounding "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hra_fx.functional.householder import normalize, span, working_dtype
 from hra_fx.functional.low_rank import project
+from hra_fx.functional.rotate import widest_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -74,7 +75,7 @@ def relative_change(rows: Tensor, chain: Tensor) -> float:
     if not chain.shape[1]:
         return 0.0
     basis, moved = span(normalize(chain.detach()))
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    wide = widest_dtype(rows.device)
     whole = float(torch.linalg.vector_norm(rows.detach(), dtype=wide))
     return float((project(rows.detach(), basis) @ moved).norm()) / whole if whole else 0.0
 

@@ -23,7 +23,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.running import RUNNING, Changes, factors_for
 from hra_fx.layers.target import REFLECTION
 
-# From this number of rows per vector, the thin product with `W` is cheaper than `G W`, as measured on CPUs.
+# From this number of rows per vector, `(x F^T) (R W^T)` is cheaper than to reflect `x` first, as measured on CPUs.
 _MIN_ROWS_PER_VECTOR = 4
 
 

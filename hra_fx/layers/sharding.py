@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from hra_fx.compat import loaded_class
 
 T = TypeVar("T")
-#: Why a layer cannot be adapted after its weight was split, or split after it was adapted; without the final period.
 _FSDP = "torch.distributed.fsdp"
+#: Why a layer cannot be adapted after its weight was split, or split after it was adapted; without the final period.
 SPLIT = (
     "tensor parallelism splits its weight, and adapters need the whole weight. Train with FSDP2 or DDP instead. For "
     "inference, call hra_fx.fold first"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import loaded_class
 from hra_fx.errors import AdapterError
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
 from hra_fx.layers.quantized.libraries import is_packed, packed_name, quant_scheme_of
@@ -70,9 +70,7 @@ def kind_of(layer: nn.Module) -> LayerKind:
 
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether a layer is transformers' `Conv1D`, a Linear with a weight `(in, out)`, as in GPT-2."""
-    # If transformers is not loaded, no object has that class.
-    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return kind is not None and isinstance(layer, kind)
+    return isinstance(layer, loaded_class("transformers.pytorch_utils", "Conv1D"))
 
 
 def weight_name(kind: LayerKind) -> str:

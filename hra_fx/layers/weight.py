@@ -55,7 +55,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     """
     if isinstance(layer, nn.Module) and is_peft_layer(layer):
         raise AdapterError(
-            f"`layer` is PEFT's {type(layer).__name__}. Pass `layer.get_base_layer()`, or call from_peft(model)."
+            f"`layer` is PEFT's {type(layer).__name__}. Pass `layer.get_base_layer()`, or call hra_fx.from_peft(model)."
         )
     adapters: Any = layer._modules.get(REFLECTION) if isinstance(layer, nn.Module) else None
     if adapters is None:

@@ -39,7 +39,7 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], path: Path, dtype: torch.d
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
-    is_kohya = path.suffix == ".safetensors" and "unet" in parts
+    is_kohya = path.suffix.lower() == ".safetensors" and "unet" in parts
     for part, adapter in parts.items():
         if adapter.copies:
             names = some_of([f"{part}.{key}" for key in adapter.copies], 3)
@@ -61,7 +61,7 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], path: Path, dtype: torch.d
         convert: Any = importlib.import_module("diffusers.utils.state_dict_utils").convert_state_dict_to_kohya
         write_weights(path, convert(tensors))
         return
-    file = path if path.suffix == ".safetensors" else path / LORA_NAME
+    file = path if path.suffix.lower() == ".safetensors" else path / LORA_NAME
     write_weights(file, tensors, lora_adapter_metadata=json.dumps(configs, indent=2, sort_keys=True))
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hra_fx.errors import FoldError
 from hra_fx.functional import low_rank
-from hra_fx.functional.rotate import as_rows, check_foldable
+from hra_fx.functional.rotate import as_rows, check_foldable, widest_dtype
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_weight import is_transposed, parameter_of
@@ -29,19 +30,25 @@ def lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int |
         for name in names:
             check_foldable(path, layer.hra_base, adapters[name], apply_GS=adapters.specs[name].apply_GS, adapter=name)
         rows, kernel = _rows(layer)
-        chain = adapters.joint_vectors(names, torch.float32 if rows.device.type == "mps" else torch.float64)
+        chain = adapters.joint_vectors(names, widest_dtype(rows.device))
         chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
         chains = chain if chain.dim() == 3 else chain[None]
-        changes = []
-        for W, U in zip(rows, chains, strict=True):
-            V, K = low_rank.core(U)
-            # A weight that does not change is not read.
-            projected = low_rank.project(W, V) if len(K) else torch.zeros(len(W), 0, dtype=torch.float64)
-            changes.append(low_rank.low_rank_delta(projected, V, K, rank))
+        try:
+            changes = [_change_of(W, U, rank) for W, U in zip(rows, chains, strict=True)]
+        except torch.linalg.LinAlgError as failure:  # type: ignore[attr-defined]
+            raise FoldError(f"{path}: its weight or the vectors of its adapters are not finite.") from failure
     if adapters.kind == "experts":
         return _of_experts(path, layer, changes)
     A, B, error = changes[0]
     return LoraLayer(path, adapters.kind, A, B, kernel, adapters.fan_in_fan_out, error)
+
+
+def _change_of(W: Tensor, U: Tensor, rank: int | None) -> low_rank.LowRankDelta:
+    """The change of a weight `W: (out, d)` by a chain."""
+    V, K = low_rank.core(U)
+    # A weight that does not change is not read.
+    projected = low_rank.project(W, V) if len(K) else torch.zeros(len(W), 0, dtype=torch.float64)
+    return low_rank.low_rank_delta(projected, V, K, rank)
 
 
 def _rows(layer: AdaptedLayer) -> tuple[Tensor, tuple[int, ...]]:

@@ -78,8 +78,8 @@ def convert_to_lora(
 
     Raises:
         AdapterError: the model has no such adapters, `rank` is not positive, or parameters are not in memory.
-        torch.linalg.LinAlgError: a weight or a vector is not finite.
-        FoldError: an adapter does not have a well-defined `Q` (see `hra_fx.fold`).
+        FoldError: a weight or a vector is not finite, or an adapter does not have a well-defined `Q` (see
+            `hra_fx.fold`).
         UnsupportedLayerError: LoRA does not support a layer: a convolution with groups, a dilation or a padding mode
             other than zeros; a class whose forward is not a plain product with the weight; a layer that several modules
             share, or whose weight another module reads (see docs/files.md); or a layer that PEFT does not find by its
@@ -152,7 +152,7 @@ def save_as_lora(
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
         parts = {"": model_or_pipeline}
-    if path.suffix.lower() in (".gguf" if file_format == "diffusers" else ".safetensors",):
+    if path.suffix.lower() == (".gguf" if file_format == "diffusers" else ".safetensors"):
         raise AdapterError(
             f"{path}: GGUF files are for language models, and single safetensors files for models of diffusers, got "
             f"{type(model_or_pipeline).__name__}. Pass a folder."

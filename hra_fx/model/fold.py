@@ -43,8 +43,9 @@ def fold(model: M) -> M:
 
     Raises:
         AdapterError: the model has no adapters, or no adapter is active.
-        FoldError: a weight cannot be folded: it has no data, is quantized or not finite, has linearly dependent
-            Gram-Schmidt vectors, or was tied to another tensor after `transform`. No weight was changed.
+        FoldError: the model is sharded or offloaded, or a weight cannot be folded: it has no data, is quantized or not
+            finite, has linearly dependent Gram-Schmidt vectors, or was tied to another tensor after `transform`. No
+            weight was changed.
 
     Warns:
         HRAWarning: adapters that are not active are removed, or `config.tie_word_embeddings` is set to False.
@@ -87,7 +88,7 @@ def fold(model: M) -> M:
 
 
 def _tie_settings(root: nn.Module, names: tuple[str, ...]) -> list[Any]:
-    """The configurations that would tie weights again which differ when the copies of these adapters are folded.
+    """The configurations that would tie weights again which differ once the copies of these adapters are folded.
 
     Raises a `FoldError` if other weights would stay tied, because the setting is for all of them.
     """

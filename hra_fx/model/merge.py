@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import state_modules
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
-from hra_fx.functional.rotate import check_foldable, rotate_weight, rows_to_weight
+from hra_fx.functional.rotate import check_foldable, rotate_weight, rows_to_weight, widest_dtype
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.libraries import quant_scheme_of
 from hra_fx.layers.sharding import distribute_like, reshard
@@ -35,9 +35,9 @@ def merge_adapter(model: nn.Module) -> None:
         model: a transformed model.
 
     Raises:
-        AdapterError: no adapter is active, adapters are already merged, or the model is sharded or offloaded.
-        FoldError: a weight cannot be folded (see `fold`), for example a quantized one. After any error the model is
-            unchanged.
+        AdapterError: no adapter is active, or adapters are already merged.
+        FoldError: the model is sharded or offloaded, or a weight cannot be folded (see `fold`), for example a quantized
+            one. After any error the model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -98,7 +98,7 @@ def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> Tensor:
     not have all of them. If adapters are merged, `W` is the weight before the merge.
     """
     weight, adapters = base_weight(layer), layer.hra_u
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    dtype = widest_dtype(weight.device)
     rows = adapters.rows(weight).to(dtype)
     chain = adapters.joint_vectors([name for name in names if name in adapters], dtype)
     folded = rows if chain is None else rotate_weight(rows, chain.detach())
@@ -143,7 +143,7 @@ def _check_layer(path: str, layer: AdaptedLayer, names: Iterable[str]) -> None:
     for name, vectors in zip(names, tensors, strict=True):
         check_foldable(path, weight, vectors, apply_GS=layer.hra_u.specs[name].apply_GS, adapter=name)
     # An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the longest row of `W`.
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+    dtype = widest_dtype(weight.device)
     longest = torch.linalg.vector_norm(layer.hra_u.rows(weight), dim=-1, dtype=dtype).amax()
     if not (longest < torch.finfo(weight.dtype).max and all(bool(one.isfinite().all()) for one in tensors)):
         raise FoldError(f"{path}: its weight or vectors are not finite, or too large for {weight.dtype}.")

@@ -23,7 +23,7 @@ from hra_fx.model.state import (
     check_unmerged,
     clear_state,
     collect_parts,
-    names_in,
+    name_in,
     root_of,
 )
 from hra_fx.model.trainable import activate, sync_layers, unfreeze
@@ -52,7 +52,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         ['0.weight', '0.bias']
     """
     root, state = root_of(model)
-    (name,) = names_in(state, adapter_name)
+    name = name_in(state, adapter_name)
     check_unmerged(state)
     check_whole(root, "remove its adapters", "modules")
     was_active = name in state.active

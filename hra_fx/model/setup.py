@@ -99,7 +99,8 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
         low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
     Raises:
-        AdapterError: the name is taken, adapters are merged, or DeepSpeed's ZeRO already trains the model.
+        AdapterError: the name is taken, adapters are merged, the model is sharded, or DeepSpeed's ZeRO already trains
+            it.
         ConfigError, SelectionError, UnsupportedLayerError: see `transform`. After any error the model is unchanged.
 
     Example:

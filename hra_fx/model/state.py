@@ -44,11 +44,15 @@ class AdapterState:
     configs: dict[str, HRAConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     merged: bool = False
-    disabled: bool = False
     disabled_calls: int = 0
     disabled_blocks: int = 0
     frozen: tuple[str, ...] = ()
     layers: tuple[nn.Module, ...] = ()
+
+    @property
+    def disabled(self) -> bool:
+        """Whether a call or a block disables all adapters."""
+        return bool(self.disabled_calls or self.disabled_blocks)
 
 
 def get_state(model: nn.Module) -> AdapterState | None:
@@ -148,6 +152,13 @@ def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]
     if len(set(wanted)) < len(wanted):
         raise AdapterError(f"adapter names must be unique, got {list(wanted)}.")
     return wanted
+
+
+def name_in(state: AdapterState, name: str) -> str:
+    """Check the name of one adapter and return it."""
+    if not isinstance(name, str):
+        raise AdapterError(f"`adapter_name` must be the name of one adapter, got {name!r}.")
+    return names_in(state, name)[0]
 
 
 def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:

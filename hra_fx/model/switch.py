@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.layers.sharding import reshard
-from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, name_in, names_in, root_of
 from hra_fx.model.trainable import activate, check_copies, check_copies_can_switch, sync_layers
 from hra_fx.model.whole import check_whole
 
@@ -136,8 +136,9 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         alpha: the scale, from 0 to 1.
 
     Raises:
-        AdapterError: the model has no such adapter, adapters are merged, `alpha` is out of range, or a layer
-            has an odd number of reflections: its `Q` is not a rotation, so it cannot be scaled. The model is unchanged.
+        AdapterError: the model has no such adapter, adapters are merged, `alpha` is out of range, vectors are not
+            finite, or a layer has an odd number of reflections: its `Q` is not a rotation, so it cannot be scaled. The
+            model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, report, transform
@@ -149,7 +150,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         True
     """
     root, state = root_of(model)
-    (name,) = names_in(state, adapter_name)
+    name = name_in(state, adapter_name)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise AdapterError(f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")
     check_unmerged(state)

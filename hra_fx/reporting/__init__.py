@@ -1,1 +1,1 @@
-"""Reports on the adapters of a model, their formats and plots. Import from the modules below."""
+"""Reports on the adapters of a model, and their formats. Import from the modules below."""

@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.rotate import rotate_weight
+from hra_fx.functional.rotate import rotate_weight, widest_dtype
 from hra_fx.functional.statistics import readable_rows, relative_change, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts import ExpertsAdapters
@@ -78,7 +77,7 @@ def _change_of(rows: Tensor, chain: Tensor) -> float:
     """The change of a weight, or of those of all experts, which are one matrix."""
     if chain.dim() == 2:
         return relative_change(rows, chain)
-    sizes = [float(expert.double().norm()) for expert in rows]
+    sizes = [float(expert.to(widest_dtype(rows.device)).norm()) for expert in rows]
     changes = [relative_change(expert, own) for expert, own in zip(rows, chain, strict=True)]
     # A weight of zeros does not change.
     return math.hypot(*(size * one for size, one in zip(sizes, changes, strict=True))) / (math.hypot(*sizes) or 1.0)
@@ -91,7 +90,8 @@ def moved(basis: Tensor | None, chain: Tensor | None) -> float | None:
     """
     if basis is None or chain is None or not bool(basis.any()):
         return None
-    wide, directions = chain.double(), basis.to(chain.device, torch.float64)
+    dtype = widest_dtype(chain.device)
+    wide, directions = chain.to(dtype), basis.to(chain.device, dtype)
     turned = rotate_weight(directions.mT, wide).mT  # rows `v^T Q^T`, for which `|Q^T v - v| = |Q v - v|`
     return float((turned - directions).norm() / directions.norm())
 

@@ -173,7 +173,7 @@ def _is_excluded(config: HRAConfig, path: str) -> bool:
     """Whether `path` is excluded, independent of the targets."""
     if config.exclude_modules and _matches(config.exclude_modules, path):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
+    return any(f".{name}." in f".{path}." for name in config.modules_to_save or ())
 
 
 def layer_index(config: HRAConfig, path: str) -> int | None:

@@ -1,1 +1,1 @@
-"""What an optimizer does to the vectors: pairs, and protected directions."""
+"""Training: pairs, protected directions, the distance to the base, and a model's own texts."""

@@ -18,6 +18,7 @@ from hra_fx.compat import eager_experts, pytree
 from hra_fx.errors import AdapterError
 from hra_fx.example_inputs import Call, device_of, preserve_rng_state
 from hra_fx.functional.directions import Sketch
+from hra_fx.functional.rotate import widest_dtype
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.linear import LinearAdapters
 from hra_fx.layers.sharding import full_tensor, is_sharded, reshard
@@ -193,7 +194,7 @@ def _patches(
     groups: int = 1,
 ) -> Iterator[Tensor]:
     """The patches `(n, d)` of each image and group: the outputs of the convolution for the unit vectors as weights."""
-    dtype = torch.float32 if input.device.type == "mps" else torch.float64
+    dtype = widest_dtype(input.device)
     units = torch.eye(weight[0].numel(), dtype=dtype, device=input.device).view(-1, *weight.shape[1:])
     for image in input.reshape(-1, weight.shape[1], *input.shape[2 - weight.dim() :]):
         made = convolve(image[None].to(dtype), units, None, stride, padding, dilation)

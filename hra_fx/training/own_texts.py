@@ -49,7 +49,7 @@ def own_texts(
     Raises:
         ConfigError: a number is not a positive int; the model does not have positions for `length` tokens; all of them
             are those of the chat template.
-        AdapterError: the model is not a causal language model, or adapters of PEFT are merged.
+        AdapterError: the model is not a causal language model, or adapters are merged.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

@@ -210,7 +210,7 @@ def _earlier(previous: Any, layers: Mapping[str, AdaptedLayer]) -> dict[str, Ten
             f"width at these paths: {some_of(unfit)}."
         )
     for path, basis in bases.items():
-        inner = (basis.double().mT @ basis.double()).cpu()
+        inner = basis.cpu().double().mT @ basis.cpu().double()
         if not basis.is_floating_point() or not torch.allclose(inner @ inner, inner, atol=1e-5):
             raise AdapterError(
                 f"{path}: the columns in `previous` must be orthonormal and floating-point, but these "

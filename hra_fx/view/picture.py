@@ -53,6 +53,7 @@ def visualize(
     Raises:
         VisualizeError: unknown file extension or module, or a model of another type.
         AdapterError: `example_inputs` is not a tensor, a tuple or a dict.
+        OSError: the file cannot be written.
 
     Example:
         >>> import hra_fx, tempfile, torch

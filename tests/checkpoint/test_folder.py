@@ -47,7 +47,7 @@ def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rank_of(source) for source in ("mine", tmp_path / "mine", str(tmp_path / "mine"))] == [2, 2, 2]
     assert [rank_of("mine", subfolder) for subfolder in ("", ".")] == [2, 2]
     assert rank_of("mine", "adapters/first") == 4
-    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, repo_id, "):
+    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, repo_type, "):
         rank_of("mine", sub_folder="a")
 
 

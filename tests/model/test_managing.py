@@ -185,11 +185,8 @@ STEPS: dict[str, tuple[Callable[[Any], object] | None, Callable[[Any], object], 
         lambda model: hra_fx.set_adapter(model, "ab"),
         r"^the model has no adapter 'ab'\. It has 'a', 'b', 'c'\.$",
     ),
-    "set twice": (
-        None,
-        lambda model: hra_fx.set_adapter(model, ["a", "b", "a"]),
-        r"^adapter names must be unique, got \['a', 'b', 'a'\]\.$",
-    ),
+    "set twice": (None, lambda model: hra_fx.set_adapter(model, [*"aba"]), "^adapter names must be unique, got .'a'"),
+    "delete two": (None, lambda model: hra_fx.delete_adapter(model, [*"ab"]), "^`adapter_name` must be the name"),
 }
 
 

@@ -18,31 +18,35 @@ class Oracle:
         plain: the copy that is run.
     """
 
-    def __init__(self, base: nn.Module, model: nn.Module, noise: float = 0.0) -> None:
-        """Weights of `base` turned by the vectors of `model`.
-
-        `noise` is the relative size of a random change of every turned weight, which shows what rounding does.
-        """
+    def __init__(self, base: nn.Module, model: nn.Module) -> None:
+        """Weights of `base` turned by the vectors of `model`."""
         self.plain = copy.deepcopy(base).requires_grad_(False)
         self._base, self._model = base, model
-        generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             turned = dense_weights(base, model)
         for name, weight in turned.items():
             owner, _, last = name.rpartition(".")
-            parameters = self.plain.get_submodule(owner)._parameters
-            moved = weight * (1 + noise * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
             # Written into this layer only: what is tied to its weight stays what it was.
-            parameters[last] = nn.Parameter(moved.to(base.get_parameter(name).dtype))
+            parameter = nn.Parameter(weight.to(base.get_parameter(name).dtype))
+            self.plain.get_submodule(owner)._parameters[last] = parameter
         self._names = list(turned)
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Layer path -> `d loss / d U`, after a backward pass through `plain`."""
+    def noisy(self, noise: float) -> nn.Module:
+        """A copy of `plain` with a random change of every turned weight, of this relative size, as rounding has."""
+        plain = copy.deepcopy(self.plain)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for weight in map(plain.get_parameter, self._names):
+                weight *= 1 + noise * torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+        return plain
+
+    def gradients(self, plain: nn.Module) -> dict[str, Tensor]:
+        """Layer path -> `d loss / d U`, after a backward pass through `plain`, or a noisy copy of it."""
         vectors = vectors_of(self._model)
         turned = dense_weights(self._base, self._model)
-        weights = [self.plain.get_parameter(name) for name in self._names]
+        weights = [plain.get_parameter(name) for name in self._names]
         given = [torch.zeros_like(w).double() if w.grad is None else w.grad.double() for w in weights]
-        self.plain.zero_grad()
+        plain.zero_grad()
         found = torch.autograd.grad(list(turned.values()), list(vectors.values()), given)
         return {path: gradient.double() for path, gradient in zip(vectors, found, strict=True)}
 

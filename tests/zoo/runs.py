@@ -74,10 +74,6 @@ class Runs:
         if isinstance(loss, Tensor):
             loss.backward()
 
-    def noisy(self, scale: float) -> Oracle:
-        """The oracle with slightly changed weights."""
-        return Oracle(self.base, self.model, scale * _NOISE[self.dtype])
-
     def judge(
         self, actual: dict[str, Tensor], wanted: dict[str, Tensor], noisy: Callable[[float], dict[str, Tensor]]
     ) -> None:
@@ -91,7 +87,10 @@ class Runs:
         noise, tight = dict.fromkeys(gaps, 0.0), TIGHT[self.dtype]
         for scale in (0.0, 1.0, 0.5, 0.25):
             if scale:
-                noise = {name: max(noise[name], gap) for name, gap in distances(noisy(scale), wanted).items()}
+                noise = {
+                    name: max(noise[name], gap)
+                    for name, gap in distances(noisy(scale * _NOISE[self.dtype]), wanted).items()
+                }
             limits = {name: min(LOOSEST, max(tight, _BEYOND * noise[name])) for name in gaps}
             wrong = [name for name, gap in gaps.items() if gap > limits[name]]
             if not wrong:
@@ -107,21 +106,21 @@ class Runs:
         check_usable({name: tensor for name, tensor in wanted.items() if name.startswith("output")})
         found = self.run(model, batch, size)  # a graph has more buffers
         actual = {name: tensor for name, tensor in found.items() if name in wanted or name.startswith("output")}
-        self.judge(actual, wanted, lambda scale: self.run(self.noisy(scale).plain.train(model.training), batch, size))
+        self.judge(actual, wanted, lambda noise: self.run(oracle.noisy(noise).train(model.training), batch, size))
         return wanted
 
     def same(self, actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         """Compare two runs of one program on the same values; kernels may still differ by memory layout."""
-        self.judge(actual, wanted, lambda scale: wanted)
+        self.judge(actual, wanted, lambda _: wanted)
 
     def agree_in_gradients(self, model: nn.Module) -> bool:
         """Compare the gradients of all vectors with the oracle's; `False` if no output has a gradient."""
 
-        def of(oracle: Oracle) -> dict[str, Tensor]:
-            self.gradients(oracle.plain.train(model.training))
-            return oracle.gradients()
+        def of(plain: nn.Module) -> dict[str, Tensor]:
+            self.gradients(plain.train(model.training))
+            return self.oracle.gradients(plain)
 
-        wanted = of(self.oracle)
+        wanted = of(self.oracle.plain)
         self.gradients(model)
         # Where a layer has no effect, its gradient is rounding.
         zero = _ZERO[self.dtype] * max(float(gradient.abs().max()) for gradient in wanted.values())
@@ -134,7 +133,7 @@ class Runs:
         self.judge(
             actual,
             seen,
-            lambda scale: {path: gradient for path, gradient in of(self.noisy(scale)).items() if path in seen},
+            lambda noise: {path: gradient for path, gradient in of(self.oracle.noisy(noise)).items() if path in seen},
         )
         return bool(seen)
 

@@ -15,7 +15,7 @@ _PACKED = ("aqlm", "awq", "eetq", "gptqmodel", "hqq")
 
 
 class LinearMap:
-    """A layer whose own forward is called. hra_fx does not need to know how it stores its weight."""
+    """How to describe, check and dequantize a linear layer of another library."""
 
     def description(self, layer: nn.Module) -> str:
         """The package and the class, for messages."""
