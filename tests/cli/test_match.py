@@ -137,7 +137,3 @@ def test_invalid_model_configurations(tmp_path: Path, text: str, said: str) -> N
     (tmp_path / "evil.py").write_text("raise SystemExit(77)")
     (tmp_path / "config.json").write_text(text)
     assert said in mistake("match", tmp_path)
-
-
-def test_an_invalid_regular_expression_is_an_error_in_one_line(shelf: Shelf) -> None:
-    assert "a list of str or a valid regular expression" in mistake("match", shelf / "my-model", "--regex", "(")

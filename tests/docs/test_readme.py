@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ from documents import ROOT, python_blocks
 from integrations.trl_use.runs import base_model
 from tiny_tokenizer import tokenizer
 from zoo.models import entries
+from zoo.result import BY_EXPORT, BY_FX, Result
 
 import hra_fx
 from hra_fx.compat import NEWER
@@ -36,10 +38,17 @@ def test_each_number_is_that_of_its_record() -> None:
     told = (
         f"{float(facts):.0f}% of its facts",
         f"{step} of the time",
-        f"on {len(entries())} models",
         f"{-gain / lora:.0%} more",
     )
     assert [claim for claim in told if claim not in README] == []
+
+
+def test_the_models_are_those_of_their_record() -> None:
+    results = [Result(**row) for row in json.loads((ROOT / "docs" / "zoo.json").read_text(encoding="utf-8"))["models"]]
+    graphs = sum(one.traced in (BY_FX, BY_EXPORT) for one in results)
+    assert f"{len(results) - graphs} models have no graph" in (ROOT / "docs/layers.md").read_text(encoding="utf-8")
+    assert f"on {len(entries())} models, with none wrong" in README
+    assert len(results) == len(entries()) and not any(one.failures for one in results)
 
 
 def test_the_releases_are_those_that_are_required() -> None:
