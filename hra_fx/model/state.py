@@ -44,15 +44,11 @@ class AdapterState:
     configs: dict[str, HRAConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     merged: bool = False
+    disabled: bool = False  # a forward reads only this, because Dynamo makes integers symbolic
     disabled_calls: int = 0
     disabled_blocks: int = 0
     frozen: tuple[str, ...] = ()
     layers: tuple[nn.Module, ...] = ()
-
-    @property
-    def disabled(self) -> bool:
-        """Whether a call or a block disables all adapters."""
-        return bool(self.disabled_calls or self.disabled_blocks)
 
 
 def get_state(model: nn.Module) -> AdapterState | None:

@@ -173,6 +173,7 @@ def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *
 def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     """Update every adapted layer and every trained copy from the state of the model."""
     state.layers = tuple(parts.layers)
+    state.disabled = bool(state.disabled_calls or state.disabled_blocks)
     acting = () if state.disabled else state.active
     for layer in parts.layers:
         layer.hra_u.set_active(name for name in acting if name in layer.hra_u.specs and not state.merged)
