@@ -10,8 +10,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch  # the code that Dynamo of torch 2.6 writes for this file reads this name
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from hra_fx.compat import is_compiling
 from hra_fx.errors import AdapterError
@@ -35,7 +35,7 @@ class AdaptedModel(SwapMixin):
 
         The factors are computed in `forward`, because hooks may first move the model or gather its parameters.
         """
-        if is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         outer = RUNNING.run
         RUNNING.run = outer or WITHOUT_FACTORS
@@ -52,7 +52,7 @@ class AdaptedModel(SwapMixin):
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("adapter_names") is not None:  # models that take any keyword argument would ignore it
                 raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
-            if not is_dynamo_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 outer = RUNNING.run
                 RUNNING.run = start(self, functools.partial(_acting_layers, self), kwargs)
                 try:
