@@ -49,8 +49,8 @@ def _is_names_or_regex(value: Any) -> bool:
 
 
 def _is_patterns(value: Any) -> bool:
-    patterns = [value] if isinstance(value, str) else value
-    return _is_names(patterns) and all(_is_regex(rf"(?:^|.*?\.){pattern}\.(\d+)\.") for pattern in patterns or ())
+    names = [value] if isinstance(value, str) else value
+    return _is_names(names) and all(_is_regex(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names or ())
 
 
 def _is_regex(value: Any) -> bool:

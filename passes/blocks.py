@@ -1,4 +1,4 @@
-"""Inline the blocks of a captured call that run without gradients, or with autocast disabled.
+"""Inline the blocks of a captured call that run without gradients.
 
     with torch.no_grad():
         scale = x.abs().mean()          becomes          abs = x.abs();  mean = abs.mean();  scale = mean.detach()
@@ -13,36 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hra_fx.compat import is_higher_order
+from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.passes.nodes import attribute, line_of
 
-#: Name of a block -> which of its arguments enables gradients or autocast, and which is its graph. The inputs follow.
-_BLOCKS = {"wrap_with_set_grad_enabled": (0, 1), "wrap_with_autocast": (2, 4)}
+#: A cast may return its input itself, with the gradient.
+_CASTS = (torch.ops.aten.to, torch.ops.aten.alias, torch.ops.aten.type_as)
 
 
-def inline_blocks(module: fx.GraphModule) -> bool:
-    """Inline the blocks of a program of `torch.export`, in place. Returns whether one of them disables autocast.
-
-    If one does, the graph is not right under autocast.
+def inline_blocks(module: fx.GraphModule) -> None:
+    """Inline the blocks without gradients of a program of `torch.export`, in place.
 
     Raises:
-        CaptureError: there is another block, such as one of `torch.cond`.
+        CaptureError: such a block writes into a tensor or returns a cast, or there is another block, such as one of
+            `torch.cond`.
     """
-    disables_autocast = False
     for block in [node for node in module.graph.nodes if is_higher_order(node.target)]:
-        flag, place = _BLOCKS.get(str(block.target), (-1, -1))
-        if block.args[flag] is not False:
+        if str(block.target) != "wrap_with_set_grad_enabled" or block.args[0] is not False:
             raise CaptureError(f"it runs a block of operators ({block.target}){_line(module, block)}")
-        read, *inputs = block.args[place:]
+        _, read, *inputs = block.args
         body: Any = attribute(module, read.target)
-        disables_autocast |= inline_blocks(body) or str(block.target) == "wrap_with_autocast"
+        inline_blocks(body)
+        _check(body.graph)
         copies = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         with module.graph.inserting_before(block):
             results: Any = module.graph.graph_copy(body.graph, copies)
             for node in list(block.users):  # each takes one of the results
                 result = results[node.args[1]]
-                if str(block.target) == "wrap_with_set_grad_enabled" and isinstance(result.meta.get("val"), Tensor):
+                if isinstance(result.meta.get("val"), Tensor):
                     meta = result.meta
                     result = module.graph.call_function(torch.ops.aten.detach.default, (result,))
                     result.meta = dict(meta)
@@ -50,7 +48,18 @@ def inline_blocks(module: fx.GraphModule) -> bool:
                 module.graph.erase_node(node)
         for node in (block, read):
             module.graph.erase_node(node)
-    return disables_autocast
+
+
+def _check(body: fx.Graph) -> None:
+    """Raise an error for what has a gradient outside of the block, or would have one inside of it."""
+    for node in body.nodes:
+        if getattr(schema_of(node.target), "is_mutable", False):
+            raise CaptureError(f"it writes into a tensor without gradients{line_of(node)}")
+    for node in body.output_node().all_input_nodes:
+        value = node.meta.get("val")
+        is_cast = getattr(node.target, "overloadpacket", None) in _CASTS
+        if is_cast and isinstance(value, Tensor) and value.is_floating_point():
+            raise CaptureError(f"it casts a tensor without gradients{line_of(node)}")
 
 
 def _line(module: fx.GraphModule, block: fx.Node) -> str:

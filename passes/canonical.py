@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import ASSERT_METADATA
 from hra_fx.passes.blocks import inline_blocks
 from hra_fx.passes.exported import CALL_LAYER, exporting
-from hra_fx.passes.inputs import NO_AUTOCAST, Inputs, conditions_of, nest
+from hra_fx.passes.inputs import Inputs, conditions_of, nest
 from hra_fx.passes.nodes import replace_node
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     """Convert the graph of a program to one that uses the modules and tensors of the captured model."""
     with exporting():  # torch cannot write the code of some programs, such as one with a layer called "in"
         module: fx.GraphModule = program.module(check_guards=False)
-    disables_autocast = inline_blocks(module)
+    inline_blocks(module)
     graph = module.graph
     graph.owning_module = None  # this module does not have layers to call
     inputs = nest(graph, program, model)
-    conditions = conditions_of(program, inputs) + [NO_AUTOCAST] * disables_autocast
+    conditions = conditions_of(program, inputs)
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         call = replace_node(node, "call_module", node.args[1], node.args[:1])
         copied = call.next  # the capture copies outputs, in case the model writes into them

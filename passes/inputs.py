@@ -145,10 +145,6 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
 # --- conditions -------------------------------------------------------------------------------------------------------
 
 
-#: The condition of a graph that is not right under autocast.
-NO_AUTOCAST = "not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"
-
-
 class InputChecks(nn.Module):
     """Checks the inputs of a graph."""
 
@@ -205,7 +201,7 @@ def limit_conditions(inputs: Inputs, sizes: Sequence[Sequence[tuple[int, int]]],
         tensors = [place for place, node in zip(inputs.places, inputs.flat, strict=True) if _is_tensor(node)]
         made += [f"{place}.is_contiguous()" for place in tensors]
     if not limits.autocast:
-        made.append(NO_AUTOCAST)
+        made.append("not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')")
     return made
 
 

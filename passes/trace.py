@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from hra_fx.passes.exported import LOCK, depends_on_mode
 from hra_fx.passes.graph import graph_module
 from hra_fx.passes.modes import merge_modes
 from hra_fx.passes.observed import attributes, changed_attribute, random_states
+
+#: Device types with autocast.
+_DEVICES = ("cpu", "cuda")
 
 
 def trace(
@@ -145,8 +148,8 @@ def _traced(model: nn.Module, layers: Collection[nn.Module], training: bool) -> 
     for part in twin.modules():
         part.training = training
     before, random = attributes(twin), random_states()
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        graph = ModelTracer(keep).trace(twin)
+    with torch.enable_grad(), _autocast(enabled=training):  # a block may enable or disable it
+        graph = ModelTracer(keep, autocast=training).trace(twin)
     for node in graph.nodes:
         node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
     compile(graph.python_code("self").src, "graph", "exec")  # a layer may have the name of a keyword
@@ -155,6 +158,19 @@ def _traced(model: nn.Module, layers: Collection[nn.Module], training: bool) -> 
     if changed := changed_attribute(before, twin):
         raise CaptureError(f"its forward changes {changed}, which a graph drops")
     return graph
+
+
+@contextmanager
+def _autocast(*, enabled: bool) -> Iterator[None]:
+    """Context manager that sets the flags of autocast, also those of devices that do not exist here."""
+    before = [(device, torch.is_autocast_enabled(device)) for device in _DEVICES]
+    try:
+        for device in _DEVICES:
+            torch.set_autocast_enabled(device, enabled)
+        yield
+    finally:
+        for device, own in before:
+            torch.set_autocast_enabled(device, own)
 
 
 class ModelTracer(fx.Tracer):
@@ -167,10 +183,10 @@ class ModelTracer(fx.Tracer):
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, keep: Collection[nn.Module]) -> None:
-        """Prepare for one trace. The modules in `keep` stay calls."""
+    def __init__(self, keep: Collection[nn.Module], *, autocast: bool) -> None:
+        """Prepare for one trace. The modules in `keep` stay calls; `autocast` is whether it is enabled outside."""
         super().__init__()
-        self._keep = keep
+        self._keep, self._autocast = keep, autocast
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Raise an error for a branch on a value."""
@@ -196,7 +212,8 @@ class ModelTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node, if it runs in the usual context."""
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        autocast = [torch.is_autocast_enabled(device) for device in _DEVICES]
+        if not torch.is_grad_enabled() or autocast != [self._autocast] * len(_DEVICES):
             raise CaptureError(
                 "it changes grad mode or autocast, or calls a custom autograd function, which a graph drops"
             )

@@ -43,15 +43,8 @@ class Blocks(Branches):
     def middle(self, hidden: Tensor) -> Tensor:
         with torch.no_grad():
             scale = self.first(hidden[:, :6]).abs()
-            with torch.autocast("cpu", enabled=False):
-                scale = scale.mT @ scale
+            scale = torch.no_grad()(torch.mm)(scale.mT, scale)
         return hidden @ scale
-
-
-def test_a_graph_of_a_block_that_disables_autocast_raises_under_autocast() -> None:
-    graph, _ = twins(Blocks().double(), X)
-    with torch.autocast("cpu"), pytest.raises(AssertionError, match=r"for inputs with `not torch\.is_autocast"):
-        graph(X)
 
 
 class Router(nn.Linear):

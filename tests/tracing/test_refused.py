@@ -45,6 +45,11 @@ def rounded(self: Any, hidden: Tensor) -> Tensor:
         return hidden @ hidden.T @ hidden
 
 
+def widened(self: Any, hidden: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return hidden.exp()
+
+
 class HooksModule(Branches):
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +87,12 @@ CAPTURES: dict[str, tuple[type[nn.Module], str]] = {
     ),
     "values": (middle(clamped), f"torch.export fails {LINE} .*data-dependent"),
     "autocast": (middle(rounded), f"it runs a block of operators .wrap_with_autocast. {LINE}"),
+    "autocast off": (middle(widened), f"it runs a block of operators .wrap_with_autocast. {LINE}"),
+    "write": (
+        middle(lambda self, hidden: torch.no_grad()(hidden.mul_)(2) + hidden),
+        f"it writes into a tensor.* {LINE}",
+    ),
+    "cast": (middle(lambda self, hidden: torch.no_grad()(hidden.float)() * hidden), f"it casts a tensor.* {LINE}"),
     "cond": (
         middle(lambda self, hidden: torch.cond(hidden.sum() > 0, torch.sin, torch.cos, (hidden,))),
         f"it runs a block of operators .cond. {LINE}",
@@ -132,6 +143,7 @@ TRACES: dict[str, tuple[type[nn.Module], str]] = {
     "if": (middle(clamped, Two), "it branches on a value"),
     "autocast": (middle(rounded, Two), "it changes grad mode or autocast, or calls a custom autograd function"),
     "no_grad": (middle(detached, Two), "it changes grad mode or autocast"),
+    "autocast off": (middle(widened, Two), "it changes grad mode or autocast"),
     "random": (middle(lambda self, hidden: hidden * random.random(), Two), RANDOM),
     "isinstance": (
         middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden, Two),
