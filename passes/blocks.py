@@ -17,7 +17,7 @@ from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.passes.nodes import attribute, line_of
 
-#: A cast may return its input itself, with the gradient.
+#: A cast may return its input itself, which has a gradient if it is one of the block.
 _CASTS = (torch.ops.aten.to, torch.ops.aten.alias, torch.ops.aten.type_as)
 
 
@@ -40,7 +40,7 @@ def inline_blocks(module: fx.GraphModule) -> None:
             results: Any = module.graph.graph_copy(body.graph, copies)
             for node in list(block.users):  # each takes one of the results
                 result = results[node.args[1]]
-                if isinstance(result.meta.get("val"), Tensor):
+                if result not in inputs and isinstance(result.meta.get("val"), Tensor):
                     meta = result.meta
                     result = module.graph.call_function(torch.ops.aten.detach.default, (result,))
                     result.meta = dict(meta)
@@ -55,11 +55,12 @@ def _check(body: fx.Graph) -> None:
     for node in body.nodes:
         if getattr(schema_of(node.target), "is_mutable", False):
             raise CaptureError(f"it writes into a tensor without gradients{line_of(node)}")
-    for node in body.output_node().all_input_nodes:
-        value = node.meta.get("val")
-        is_cast = getattr(node.target, "overloadpacket", None) in _CASTS
-        if is_cast and isinstance(value, Tensor) and value.is_floating_point():
-            raise CaptureError(f"it casts a tensor without gradients{line_of(node)}")
+    for result in body.output_node().all_input_nodes:
+        node, value = result, result.meta.get("val")
+        while getattr(node.target, "overloadpacket", None) in _CASTS:
+            node = node.all_input_nodes[0]
+        if node is not result and node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point():
+            raise CaptureError(f"it casts a tensor without gradients{line_of(result)}")
 
 
 def _line(module: fx.GraphModule, block: fx.Node) -> str:
