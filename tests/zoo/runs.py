@@ -81,18 +81,15 @@ class Runs:
     ) -> None:
         """Compare tensors with those of the oracle.
 
-        A model that computes in float32 inside, or that has many layers, amplifies rounding errors, and one that sorts
-        may jump. So if a difference is above the tight limit, the oracle runs again with slightly changed weights, up
-        to three times, and the limit is the effect of these changes.
+        A model that computes in float32 inside, or that has many layers, amplifies rounding errors. So if a difference
+        is large, the oracle runs again with slightly changed weights, and the limit is the effect of these changes.
         """
         gaps = distances(actual, wanted)
         noise, tight = dict.fromkeys(gaps, 0.0), TIGHT[self.dtype]
         for scale in (0.0, 1.0, 0.5, 0.25):
             if scale:
-                noise = {
-                    name: max(noise[name], gap)
-                    for name, gap in distances(noisy(scale * _NOISE[self.dtype]), wanted).items()
-                }
+                drawn = distances(noisy(scale * _NOISE[self.dtype]), wanted)
+                noise = {name: max(noise[name], drawn[name]) for name in gaps}
             limits = {name: min(LOOSEST, max(tight, _BEYOND * noise[name])) for name in gaps}
             wrong = [name for name, gap in gaps.items() if gap > limits[name]]
             if not wrong:
