@@ -17,16 +17,17 @@ from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.passes.nodes import attribute, line_of
 
-#: A cast may return its input itself, which has a gradient if it is one of the block.
-_CASTS = (torch.ops.aten.to, torch.ops.aten.alias, torch.ops.aten.type_as)
+_ATEN: Any = torch.ops.aten
+#: Operators that may return their input itself, which has a gradient if it is one of the block.
+_SAME = (_ATEN.to, _ATEN.alias, _ATEN.type_as, _ATEN.contiguous, _ATEN.flatten, _ATEN.dropout)
 
 
 def inline_blocks(module: fx.GraphModule) -> None:
     """Inline the blocks without gradients of a program of `torch.export`, in place.
 
     Raises:
-        CaptureError: such a block writes into a tensor or returns a cast, or there is another block, such as one of
-            `torch.cond`.
+        CaptureError: such a block writes into a tensor or may return its input, or there is another block, such as one
+            of `torch.cond`.
     """
     for block in [node for node in module.graph.nodes if is_higher_order(node.target)]:
         if str(block.target) != "wrap_with_set_grad_enabled" or block.args[0] is not False:
@@ -57,10 +58,10 @@ def _check(body: fx.Graph) -> None:
             raise CaptureError(f"it writes into a tensor without gradients{line_of(node)}")
     for result in body.output_node().all_input_nodes:
         node, value = result, result.meta.get("val")
-        while getattr(node.target, "overloadpacket", None) in _CASTS:
+        while getattr(node.target, "overloadpacket", None) in _SAME:
             node = node.all_input_nodes[0]
         if node is not result and node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point():
-            raise CaptureError(f"it casts a tensor without gradients{line_of(result)}")
+            raise CaptureError(f"it may return an input of a block without gradients{line_of(result)}")
 
 
 def _line(module: fx.GraphModule, block: fx.Node) -> str:

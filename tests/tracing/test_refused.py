@@ -92,7 +92,7 @@ CAPTURES: dict[str, tuple[type[nn.Module], str]] = {
         middle(lambda self, hidden: torch.no_grad()(hidden.mul_)(2) + hidden),
         f"it writes into a tensor.* {LINE}",
     ),
-    "cast": (middle(lambda self, hidden: torch.no_grad()(hidden.float)() * hidden), f"it casts a tensor.* {LINE}"),
+    "cast": (middle(lambda self, hidden: torch.no_grad()(hidden.float)() * hidden), f"it may return an input.* {LINE}"),
     "cond": (
         middle(lambda self, hidden: torch.cond(hidden.sum() > 0, torch.sin, torch.cos, (hidden,))),
         f"it runs a block of operators .cond. {LINE}",
