@@ -61,9 +61,8 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
     if not apply_GS:
         return
     # `U = V R`: a small entry of the diagonal of `R` is a column in the span of the columns before it.
-    diagonal = (
-        torch.linalg.qr(vectors.detach().to(widest_dtype(vectors.device)), mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
-    )
+    wide = vectors.detach().to(widest_dtype(vectors.device))
+    diagonal = torch.linalg.qr(wide, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
     if bool((diagonal.amin(-1) <= 8 * torch.finfo(vectors.dtype).eps * diagonal.amax(-1)).any()):
         raise FoldError(
             f"{where}: the vectors of {adapter!r} are linearly dependent, so their Gram-Schmidt basis is rounding "
