@@ -102,9 +102,10 @@ def _canonical(model: nn.Module, call: Call, shapes: Any, *, training: bool) -> 
 
 def _module_of(model: nn.Module, captured: Canonical, in_eval: Canonical | None = None) -> fx.GraphModule:
     """Create a module from a graph, merged with one of eval mode if they differ."""
-    merged = merge_modes(captured.graph, in_eval.graph) if in_eval else {}
+    merged = merge_modes(model, captured.graph, in_eval.graph) if in_eval else {}
     other = in_eval or captured
-    constants = {name: ByMode(value, other.constants[name]) for name, value in captured.constants.items()}
+    both = other.constants | captured.constants
+    constants = {name: ByMode(value, other.constants.get(name, value)) for name, value in both.items()}
     names = [str(node.target) for node in captured.inputs.arguments]
     checks = InputChecks(names, [*captured.conditions, *other.conditions])
     return graph_module(model, captured.graph, {CHECKS: checks, **constants, **merged})

@@ -31,12 +31,6 @@ def replace_node(node: fx.Node, op: str, target: Any, args: Any = (), kwargs: An
     return made
 
 
-def module_path(node: fx.Node) -> str | None:
-    """The path of the module whose forward contains a node, `""` for the root; `None` if this is unknown."""
-    stack = node.meta.get("nn_module_stack")
-    return normalize_path(list(stack.values())[-1][0]) if stack else None
-
-
 def normalize_path(path: str) -> str:
     """Convert a path of `nn_module_stack` (`L['self']._modules['blocks'][0]`) to the form of `named_modules`."""
     path = path.replace("__dict__['_modules']", "")  # of a `ModelGraph`, in strict mode

@@ -133,7 +133,7 @@ def _in_both_modes(model: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.
     with LOCK, preserve_rng_state():
         try:
             in_train, in_eval = (_traced(model, layers, training) for training in (True, False))
-            return in_train, merge_modes(in_train, in_eval)
+            return in_train, merge_modes(model, in_train, in_eval)
         except CaptureError:
             raise
         except Exception as error:

@@ -43,7 +43,7 @@ class Images(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 4, 3, padding=1, groups=2, padding_mode="circular")
         self.norm = nn.BatchNorm2d(4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.2, batch_first=True)
         self.head = nn.Linear(4, 3)
         self.drop = nn.Dropout(0.5)
 
@@ -51,7 +51,9 @@ class Images(nn.Module):
         if x.shape[0] > 100:
             x = x[:100]
         rows = self.norm(self.conv(x)).flatten(2).mT
-        read, _ = self.attention(rows, rows, rows, need_weights=False)
+        if self.training:
+            rows = F.dropout(rows, 0.2)
+        read, _ = self.attention(rows, rows, rows)
         return {"again": self.head(read), "rows": self.drop(self.head(scale * rows))}
 
 
@@ -200,6 +202,25 @@ class Buffers(Two):
         return hidden + self.total.clone()
 
 
+class OneMode(Buffers):
+    """Operators, a module and an output that only one mode has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.first(x)
+        if self.training:
+            hidden = self.drop(F.dropout(hidden, 0.25))
+            noise = torch.rand_like(hidden)
+            self.total.lerp_(hidden.detach().mean(0), 0.1)
+        hidden = F.linear(torch.tanh(hidden), self.second.weight.T @ self.second.weight) + self.total
+        hidden = F.gumbel_softmax(hidden + noise) - noise if self.training else hidden.softmax(-1)
+        out = self.second(hidden)
+        return (out, hidden.square().mean()) if self.training else out
+
+
 class Creates(Two):
     """Creates tensors in its forward, which torch.export makes constants; one is an attribute, and no buffer."""
 
@@ -226,4 +247,5 @@ TRACED: tuple[type[nn.Module], ...] = (
     Reads,
     Optional,
     Buffers,
+    OneMode,
 )

@@ -135,6 +135,7 @@ PARTS: dict[str, Part] = {
         lambda model: model.register_buffer("fleeting", torch.ones(8), persistent=False),
     ),
     "tanh": step(lambda model, hidden, mask: torch.tanh(hidden)),
+    "noise": step(lambda model, hidden, mask: hidden + torch.rand_like(hidden) if model.training else hidden.sin()),
     "dropout": step(lambda model, hidden, mask: F.dropout(hidden, 0.5, model.training)),
     "norm": step(lambda model, hidden, mask: model.usual(hidden), kept("usual", lambda: nn.BatchNorm1d(8))),
     "scale": step(lambda model, hidden, mask: hidden * model.scale, kept("scale", lambda: nn.Parameter(torch.ones(8)))),
@@ -142,7 +143,19 @@ PARTS: dict[str, Part] = {
     "mean": step(lambda model, hidden, mask: hidden - hidden.mean(0, keepdim=True)),
 }
 #: Parts that torch.fx traces correctly.
-RIGHT = ("plain tensor", "fleeting", "tanh", "dropout", "norm", "scale", "masked", "mean", "hook", "batch norm")
+RIGHT = (
+    "plain tensor",
+    "fleeting",
+    "tanh",
+    "noise",
+    "dropout",
+    "norm",
+    "scale",
+    "masked",
+    "mean",
+    "hook",
+    "batch norm",
+)
 #: What a program returns.
 OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (
     lambda out: out,
