@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import NON_PERSISTENT
 from hra_fx.errors import CaptureError
+from hra_fx.layers.adapter_states import check_states
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.target import BASE_WEIGHT
 from hra_fx.passes.modes import ByMode
@@ -42,6 +43,11 @@ class ModelGraph(fx.GraphModule):
         except AttributeError as error:
             text = f"{error}. This is a graph of one call: use the original model, which has the same layers."
             raise AttributeError(text, name=name, obj=self) from None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Check the whole state before anything is loaded."""
+        check_states(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         """Copy the module."""

@@ -23,7 +23,7 @@ from hra_fx.functional.householder import products_dtype
 from hra_fx.functional.rotate import as_rows, rows_to_weight
 from hra_fx.kernels.factors import Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import offloading_hook
-from hra_fx.layers.adapter_states import prepare_load
+from hra_fx.layers.adapter_states import check_orthonormal, prepare_load, why_refused
 from hra_fx.layers.running import WITHOUT_FACTORS, Changes, Run, during, prepared_factors
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import KEPT, REFLECTION, SCALED, LayerKind, check_adapter_name, weight_name, weight_place
@@ -264,15 +264,21 @@ class HouseholderAdapters(nn.ParameterDict):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load a state, also one with kept directions."""
-        errors: list[str] = rest[-1]
+        """Load a state, also one with kept directions, or nothing of it."""
+        refused = [why_refused(self, name, state_dict, prefix + name) for name in self.specs]
+        if any(refused):
+            rest[-1].extend(filter(None, refused))
+            return
         for name in self.specs:
-            prepare_load(self, name, state_dict, prefix + name, errors)
+            prepare_load(self, name, state_dict, prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def kept(self, name: str) -> Tensor | None:
-        """The directions that an adapter does not change: orthonormal columns `V: (d, n)`, or `None`."""
-        return self._buffers.get(name + KEPT)
+        """The directions that an adapter does not change: orthonormal or zero columns `V: (d, n)`, or `None`."""
+        kept = self._buffers.get(name + KEPT)
+        if kept is not None and is_plain_eager():
+            check_orthonormal({f"{self.layer_path}.{REFLECTION}.{name}": kept})
+        return kept
 
     @torch.no_grad()
     def keep(self, name: str, directions: Tensor | None, share: float | None = None) -> None:
@@ -280,7 +286,7 @@ class HouseholderAdapters(nn.ParameterDict):
 
         Its chain does not have the parts of the vectors along the previous directions, so these parts become zero.
         """
-        vectors, kept = self[name], self.kept(name)
+        vectors, kept = self[name], self._buffers.get(name + KEPT)
         if kept is not None and not vectors.is_meta:
             flat = vectors.flatten(-2) if self.specs[name].pairs else vectors
             vectors.copy_(without(flat, distribute_like(kept, vectors)).view(vectors.shape))
@@ -326,7 +332,7 @@ class HouseholderAdapters(nn.ParameterDict):
                 continue
             # A replica of DataParallel has attributes instead of parameters.
             held = parameters if name in parameters else self.__dict__
-            kept = [(buffers, name + KEPT)] if name + KEPT in buffers else []
+            kept = [(buffers, name + KEPT)] if self.kept(name) is not None else []
             found.append((self.form(name), [(held, name), *kept]))
         return found
 

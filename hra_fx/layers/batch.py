@@ -7,6 +7,7 @@ ZeRO-3, offloading), or if its vectors or its input are not what they were at th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import sys
 import weakref
@@ -24,10 +25,11 @@ from hra_fx import compat
 from hra_fx.functional.householder import products_dtype, working_dtype
 from hra_fx.kernels.factors import Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import calls_class_forward
+from hra_fx.layers.adapter_states import check_orthonormal
 from hra_fx.layers.adapters import HouseholderAdapters, Place
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Changes, Run
 from hra_fx.layers.sharding import is_partitioned_by_zero3, is_sharded
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.target import KEPT, REFLECTION
 
 #: The classes of ordinary tensors.
 _PLAIN = (Tensor, nn.Parameter)
@@ -36,7 +38,8 @@ _COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NOTHING: list[Any] = []
 #: The keyword arguments of a graph.
 _NONE: Mapping[str, Any] = MappingProxyType({})
-_FACTS = operator.attrgetter("__class__", "shape", "dtype", "device")
+#: With `requires_grad`: a checkpointed block, which runs again without a batch, must save as many tensors then.
+_FACTS = operator.attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
 _SEEN = operator.attrgetter("forward", "compute_dtype")
 
 
@@ -47,7 +50,7 @@ class _Group(NamedTuple):
         owners: the containers of the layers.
         seen: for each container, its forward, which accelerate may replace, and the dtype of its layer's inputs.
         holders, names: where the tensors of the chains are, in the order of `batched_factors`.
-        facts: class, shape, dtype and device of each tensor.
+        facts: class, shape, dtype, device and flag of each tensor.
         forms: how each part of a chain is computed (`chain.vectors_of`).
         dtype: the dtype of the products.
     """
@@ -76,6 +79,8 @@ class _Batch:
     def __init__(self) -> None:
         self.groups: list[_Group] = []
         self.changes = -1
+        self.kept: dict[str, Tensor] = {}
+        self.versions: list[int] = []
 
     def values(self, layers: Callable[[], Iterable[nn.Module]]) -> list[tuple[_Group, list[Tensor]]]:
         """Each group, and its tensors."""
@@ -84,11 +89,25 @@ class _Batch:
         if changes == Changes.count and "deepspeed" not in sys.modules:  # DeepSpeed frees values
             found = list(map(_Group.values, groups))
             if None not in found:
+                if self.kept and compat.tensor_versions([*self.kept.values()]) != self.versions:
+                    self.check_kept(groups)
                 return list(zip(groups, found, strict=True))  # type: ignore[arg-type]
         changes, groups = Changes.count, _groups(layers())
         self.groups = groups
         self.changes = changes
+        self.check_kept(groups)
         return list(zip(groups, map(_Group.values, groups), strict=True))  # type: ignore[arg-type]
+
+    def check_kept(self, groups: Iterable[_Group]) -> None:
+        """Check the kept directions of all layers at once, because a check waits for the device."""
+        self.kept = {
+            f"{owner.layer_path}.{REFLECTION}.{name.removesuffix(KEPT)}": holder[name]
+            for group in groups
+            for owner, holder, name in zip(itertools.cycle(group.owners), group.holders, group.names, strict=False)
+            if name.endswith(KEPT)
+        }
+        check_orthonormal(self.kept)
+        self.versions = compat.tensor_versions([*self.kept.values()])
 
 
 #: They are not attributes of the models, so that copies, pickles and graphs do not have them.
@@ -145,7 +164,7 @@ def _groups(layers: Iterable[nn.Module]) -> list[_Group]:
         places = [place for _, held in parts for place in held]
         tensors = [held[name] for held, name in places]
         if tensors and all(_is_available(tensor, adapters.width) for tensor in tensors):
-            facts = tuple([(type(one), one.shape, one.dtype, one.device) for one in tensors])
+            facts = tuple([(type(one), one.shape, one.dtype, one.device, one.requires_grad) for one in tensors])
             # The dtype of the layer's last call, if it was not that of its weight.
             dtype = adapters.compute_dtype or adapters.weight_of(layer).dtype
             dtype = dtype if dtype in _COMPUTING else tensors[0].dtype  # a quantized weight

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import is_compiling
 from hra_fx.errors import AdapterError
+from hra_fx.layers.adapter_states import check_states
 from hra_fx.layers.batch import start, traced_batch
 from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
@@ -73,6 +74,7 @@ class AdaptedModel(SwapMixin):
                 f"adapters are merged in the {'state_dict' if merged else 'model'} only. Call hra_fx.merge_adapter or "
                 "hra_fx.unmerge_adapter first."
             )
+        check_states(self, state_dict, prefix)
         parts = (key.rpartition(f".{REFLECTION}.") for key in given)
         theirs = {name for path, _, name in parts if path}  # the adapters in the state_dict
         # Every path of a shared module, because a state_dict has all of them.

@@ -50,6 +50,11 @@ class AdapterState:
     frozen: tuple[str, ...] = ()
     layers: tuple[nn.Module, ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has. The blocks that are open are those of the original, so a copy is disabled as by a call."""
+        calls = self.disabled_calls + bool(self.disabled_blocks)
+        return {**vars(self), "disabled_calls": calls, "disabled_blocks": 0}
+
 
 def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""

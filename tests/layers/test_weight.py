@@ -125,6 +125,21 @@ def test_blocks_that_run_again_in_the_backward_pass(reentrant: bool, autocast: b
         assert_same(leaf.grad, oracle, rtol=5e-2 if autocast else 1e-10)
 
 
+@pytest.mark.parametrize("frozen", [["blocks.0"], ["read", "both"]], ids=str)
+def test_blocks_that_run_again_with_frozen_vectors(frozen: list[str]) -> None:
+    _, model = pair(lambda: Blocks(False), PARTS)
+    _, other = pair(Blocks, PARTS)
+    for each in (model, other):
+        for path, vectors in vectors_of(each).items():
+            vectors.requires_grad_(not any(part in path for part in frozen))
+        each(X).square().sum().backward()
+    wanted = vectors_of(other)
+    assert 0 < sum(vectors.grad is None for vectors in wanted.values()) < len(wanted)
+    for path, vectors in vectors_of(model).items():
+        assert (vectors.grad is None) is (wanted[path].grad is None)
+        assert vectors.grad is None or torch.equal(vectors.grad, wanted[path].grad)
+
+
 def test_methods_and_parts_that_are_called_alone() -> None:
     base, model = pair(Blocks, PARTS)
     whole = run_dense(base, model, X)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import pytest
 import torch
 from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses, seen, three, weights
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import hra_fx
 
@@ -256,3 +259,16 @@ def test_blocks_that_overlap_in_threads() -> None:
         assert torch.equal(model(x), off)
         other.submit(second.__exit__, None, None, None).result()
     assert torch.equal(model(x), on)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, AveragedModel, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_that_is_made_in_a_block_has_no_open_block(way: Any) -> None:
+    plain, model = adapted(net(), a=config("first", **SAVED), b=config("first"))
+    with hra_fx.disable_adapters(model):
+        made = way(model)
+    made = getattr(made, "module", made)
+    assert torch.equal(made(X), plain(X)), "disabled, as the model was"
+    for name in ("b", "a"):
+        for each in (made, model):
+            hra_fx.set_adapter(each, name)
+        assert torch.equal(made(X), model(X)) and not torch.equal(made(X), plain(X))
