@@ -13,7 +13,7 @@ from typing import Any
 import torch  # the code that Dynamo of torch 2.6 writes for this file reads this name
 from torch import Tensor, nn
 
-from hra_fx.compat import is_compiling
+from hra_fx.compat import is_compiling, is_plain_eager, pytree
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapter_states import check_states
 from hra_fx.layers.batch import start, traced_batch
@@ -21,7 +21,7 @@ from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import BASE, Copies, get_copies
+from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies
 from hra_fx.model.state import get_state
 from hra_fx.removed import NAMES
 
@@ -57,7 +57,7 @@ class AdaptedModel(SwapMixin):
                 outer = RUNNING.run
                 RUNNING.run = start(self, functools.partial(_acting_layers, self), kwargs)
                 try:
-                    return base.forward(self, *args, **kwargs)
+                    return _watched(self, base.forward(self, *args, **kwargs))
                 finally:
                     RUNNING.run = outer
             with traced_batch(() if is_sharded(self) or not is_compiling() else _acting_layers(self)):
@@ -90,6 +90,32 @@ def _acting_layers(model: nn.Module) -> Sequence[nn.Module]:
     if state is None:
         return [part for part in model.modules() if REFLECTION in part._modules]
     return () if state.disabled else state.layers
+
+
+def _watched(model: nn.Module, output: Any) -> Any:
+    """The output of a model, through which a backward pass raises an error if it cannot train the adapters.
+
+    The state at the time of the backward pass decides, because a loss may compare with an output of the base model.
+    A model in eval mode without trained copies may compute gradients of its inputs.
+    """
+    state = get_state(model)
+    if state is None or not state.untrained or not torch.is_grad_enabled() or not is_plain_eager():
+        return output
+    if not any(one.requires_grad for layer in state.layers for one in layer.get_submodule(REFLECTION).parameters()):
+        return output
+
+    def check(_: Tensor) -> None:
+        if state.untrained and (model.training or all_copies(model)):
+            raise AdapterError(state.untrained)
+
+    def watched(part: Any) -> Any:
+        is_real = isinstance(part, Tensor) and part.is_floating_point()
+        return part + zero if is_real and (model.training or part.requires_grad) else part
+
+    zero = torch.zeros((), requires_grad=True)
+    zero.register_hook(check)  # type: ignore[no-untyped-call]
+    # Not into a cache, which must stay the same object.
+    return pytree.tree_map(watched, output, is_leaf=lambda part: not isinstance(part, (tuple, list, dict)))
 
 
 def _rename(state: dict[str, Any], place: str, copies: Copies, theirs: set[str]) -> None:

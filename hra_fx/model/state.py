@@ -39,6 +39,7 @@ class AdapterState:
         disabled_blocks: the number of open `with disable_adapters(...)` blocks, in all threads.
         frozen: names of the parameters that `transform` froze.
         layers: all adapted layers, so that a forward does not need to search for them.
+        untrained: why training would not change the active adapters; empty if it would.
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class AdapterState:
     disabled_blocks: int = 0
     frozen: tuple[str, ...] = ()
     layers: tuple[nn.Module, ...] = ()
+    untrained: str = ""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has. The blocks that are open are those of the original, so a copy is disabled as by a call."""

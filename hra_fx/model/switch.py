@@ -127,8 +127,8 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
 
     At 0 the adapter is the identity, and at 1 it has its full effect. In between, every rotation angle is multiplied by
     `alpha`. (PEFT ignores a scale, with a warning.) `save_adapter` saves the adapter at its scale, and `state_dict` has
-    it at full scale. At a scale other than 1, its vectors do not get a gradient. Trained copies (`modules_to_save`,
-    `bias`) are not affected.
+    it at full scale. At a scale other than 1, its vectors do not get a gradient, and if this holds for all active
+    adapters, a backward pass in train mode raises an error. Trained copies (`modules_to_save`, `bias`) are not scaled.
 
     Args:
         model: a transformed model.
@@ -164,3 +164,4 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
             raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
     for path, adapters in layers.items():
         adapters.scale(name, float(alpha), chains.get(path))
+    sync_layers(collect_parts(root), state)

@@ -179,6 +179,21 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
         layer.hra_u.set_active(name for name in acting if name in layer.hra_u.specs and not state.merged)
     for owner, copies in parts.copies:
         copies.use(owner, copies.wanted(acting))
+    state.untrained = _why_untrained(parts, state)
+
+
+def _why_untrained(parts: AdaptedParts, state: AdapterState) -> str:
+    """Why training would not change the active adapters: their vectors do not get a gradient."""
+    scaled = {name for layer in parts.layers for name in layer.hra_u.scales}
+    if state.merged:
+        reason, fix = "they are merged into the weights", "hra_fx.unmerge_adapter(model)"
+    elif state.disabled:
+        reason, fix = "they are disabled (disable_adapters)", f"hra_fx.set_adapter(model, {list(state.active)})"
+    elif state.active and scaled.issuperset(state.active):
+        reason, fix = "their scale is not 1", f"hra_fx.set_scale(model, {state.active[0]!r}, 1)"
+    else:
+        return ""
+    return f"training would not change adapters {list(state.active)}, because {reason}. Call {fix} first."
 
 
 def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:

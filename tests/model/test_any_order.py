@@ -224,7 +224,10 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.adapters)
     @rule()
     def train(self) -> None:
-        """The gradients, which belong to what acts at its full scale and is not merged, and a step along them."""
+        """The gradients, which belong to what acts at its full scale and is not merged, and a step along them.
+
+        A step that would train heads alone raises an error.
+        """
         names = [] if self.disabled else self.active
         trained = [name for name in names if not self.merged and self.adapters[name].scale == 1]
         keys = [f"{layer}.hra_u.{name}" for name in trained for layer in self.adapters[name].layers]
@@ -235,6 +238,10 @@ class AnyOrder(RuleBasedStateMachine):
         wanted = self.wanted().square().sum()
         gradients = torch.autograd.grad(wanted, list(leaves.values())) if leaves else ()
         self.model.zero_grad()
+        if head and not keys:
+            with pytest.raises(hra_fx.AdapterError, match=r"^training would not change adapters"):
+                self.model(X).square().sum().backward()
+            return
         if leaves:
             self.model(X).square().sum().backward()
         found = {key: value.grad for key, value in self.model.named_parameters() if value.grad is not None}

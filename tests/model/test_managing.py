@@ -272,3 +272,40 @@ def test_a_copy_that_is_made_in_a_block_has_no_open_block(way: Any) -> None:
         for each in (made, model):
             hra_fx.set_adapter(each, name)
         assert torch.equal(made(X), model(X)) and not torch.equal(made(X), plain(X))
+
+
+# ---- training that would change no adapter ----
+
+STOPS: dict[str, tuple[Callable[[Any], object], Callable[[Any], object], str]] = {
+    "merged": (hra_fx.merge_adapter, hra_fx.unmerge_adapter, r"merged into .*unmerge_adapter\(model\) first"),
+    "disabled": (hra_fx.disable_adapters, lambda model: hra_fx.set_adapter(model, "a"), r"disabled .*'a'\]\) first"),
+    "scaled": (
+        lambda model: hra_fx.set_scale(model, "a", 0.5),
+        lambda model: hra_fx.set_scale(model, "a", 1),
+        r"scale is not 1\. Call hra_fx\.set_scale\(model, 'a', 1\) first",
+    ),
+}
+
+
+@pytest.mark.parametrize("saved", [{}, SAVED])
+@pytest.mark.parametrize("state", STOPS)
+def test_a_backward_pass_that_trains_no_adapter(state: str, saved: dict[str, Any]) -> None:
+    """It raises an error, unless the adapters act again. Outputs are the same, and inputs have their gradients."""
+    stop, start, text = STOPS[state]
+    model = adapted(net(), a=config("first", **saved))[1]
+    stop(model)
+    with torch.no_grad():
+        wanted = model(X)
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    if not saved:
+        model(x).sum().backward()
+        assert torch.equal(x.grad, gradient)  # type: ignore[arg-type]
+    model.training = True  # only of the root, because its BatchNorm would compute something else
+    output = model(X)
+    assert torch.equal(output, wanted)
+    with refuses(model, text):
+        output.sum().backward(retain_graph=True)
+    start(model)
+    (output + model(X)).sum().backward()
+    assert (model.first.hra_u["a"].grad != 0).any()
