@@ -114,13 +114,19 @@ _EXAMPLES: dict[str, Callable[[Any], Tensor]] = {
 
 
 def clone_inputs(call: Call) -> Call:
-    """Copy the tensors and other objects (a cache) of a call, because a forward may write into them."""
+    """Copy the tensors and other objects (a cache) of a call, because a forward may write into them.
 
-    def own(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    An object that is passed twice stays one: a forward may ask whether `query is key`.
+    """
+    tensors = {id(value): value.detach().clone() for value in pytree.tree_leaves(call) if isinstance(value, Tensor)}
+    return copy.deepcopy(call, tensors)
 
-    cloned: Call = pytree.tree_map(own, call)
-    return cloned
+
+def separated_inputs(call: Call) -> Call:
+    """Copy the inputs of a call, none of which is passed twice: torch.export would make one input of them."""
+    leaves, spec = pytree.tree_flatten(call)
+    separated: Call = pytree.tree_unflatten([clone_inputs(leaf) for leaf in leaves], spec)
+    return separated
 
 
 @contextmanager

@@ -83,6 +83,9 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, attach: 
         made = _module_of(model, captured, in_eval)
     checks: Any = made.get_submodule(CHECKS)
     limits = compare(model, made, example, captured.sizes, attach)
+    for part in made.children():
+        if limits.one_mode and isinstance(part, ByMode):
+            part.parts = tuple(other for other in made.modules() if other is not made)
     checks.add(limit_conditions(captured.inputs, captured.sizes, limits))
     if example is not call:
         compare_call(model, made, call)

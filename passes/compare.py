@@ -6,10 +6,11 @@ torch.fx and torch.export drop what they cannot record, often without an error. 
 process can run is compared, if there is an example call.
 
 The parameters of the copies are changed a little first, so that a graph with their values is found out. The calls, in
-each mode: the example with gradients, other values under `no_grad`, sizes of 1; in eval mode also autocast, inference
-mode, other strides, sizes and kinds of inputs, and the example with adapters. Equal must be: the outputs and their
-types, the gradients of inputs and parameters, written inputs and buffers, and random numbers. Nothing else in the
-modules may change. What remains unseen is listed in docs/limitations.md.
+each mode: the example, also with adapters, with gradients; other values under `no_grad`, sizes of 1, one tensor for
+several inputs; in eval mode also autocast, inference mode, other strides, sizes and kinds of inputs; in train mode also
+layers in eval mode. Equal must be: the outputs and their types, the gradients of inputs and parameters, written inputs
+and buffers, and random numbers. Nothing else in the modules may change. What remains unseen is listed in
+docs/limitations.md.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.compat import FakeTensor, tensor_versions
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.layers.sharding import is_dtensor
+from hra_fx.passes.nodes import attribute
 from hra_fx.passes.observed import attributes, changed_attribute, difference, observe
 from hra_fx.passes.other_calls import (
     Sizes,
@@ -37,6 +39,7 @@ from hra_fx.passes.other_calls import (
     of_other_kinds,
     of_other_sizes,
     of_size_one,
+    with_one_object,
     with_other_values,
 )
 
@@ -56,11 +59,13 @@ class Limits:
         not_one: sets of indices of sizes that must not all be 1.
         contiguous: whether its inputs must be contiguous.
         autocast: whether it is right under autocast.
+        one_mode: whether all its parts must have the same mode, also those that it calls.
     """
 
     not_one: list[frozenset[int]] = field(default_factory=list)
     contiguous: bool = False
     autocast: bool = True
+    one_mode: bool = False
 
 
 class ExampleError(CaptureError):
@@ -68,7 +73,7 @@ class ExampleError(CaptureError):
 
 
 def compare(
-    model: nn.Module, made: nn.Module, call: Call, sizes: Sizes | None = None, attach: Attach | None = None
+    model: nn.Module, made: fx.GraphModule, call: Call, sizes: Sizes | None = None, attach: Attach | None = None
 ) -> Limits:
     """Compare a graph with its model for a call that both can run, and for others like it. Neither is changed.
 
@@ -79,12 +84,14 @@ def compare(
         limits = comparison.run(call, sizes) if comparison else Limits()
     if attach is not None:
         with _compared(model, made, attach) as comparison:
-            if comparison:
-                comparison.compare(call, "the example with adapters", grad=True)
+            for training in (False, True):
+                if comparison:
+                    comparison.set_mode(training)
+                    comparison.compare(call, "the example with adapters", grad=True)
     return limits
 
 
-def compare_call(model: nn.Module, made: nn.Module, call: Call, *, training: bool = False) -> None:
+def compare_call(model: nn.Module, made: fx.GraphModule, call: Call, *, training: bool = False) -> None:
     """Compare a graph with its model for one call, in one mode; see `compare`."""
     with _compared(model, made) as comparison:
         if comparison:
@@ -93,7 +100,7 @@ def compare_call(model: nn.Module, made: nn.Module, call: Call, *, training: boo
 
 
 @contextmanager
-def _compared(model: nn.Module, made: nn.Module, attach: Attach | None = None) -> Iterator[_Comparison | None]:
+def _compared(model: nn.Module, made: fx.GraphModule, attach: Attach | None = None) -> Iterator[_Comparison | None]:
     """A comparison, after which everything is as before; `None` if tensors of the model have no data, or are shards."""
     tensors = chain(model.parameters(), model.buffers())
     if any(value.is_meta or isinstance(value, FakeTensor) or is_dtensor(value) for value in tensors):
@@ -135,7 +142,7 @@ def _cloned_tree(module: nn.Module, known: dict[nn.Module, Any]) -> Any:
 class _Comparison:
     """Copies of a model and its graph, with other parameters, and adapters if asked for. Both run the same calls."""
 
-    def __init__(self, model: nn.Module, made: nn.Module, attach: Attach | None) -> None:
+    def __init__(self, model: nn.Module, made: fx.GraphModule, attach: Attach | None) -> None:
         both = dict.fromkeys(chain(model.parameters(), made.parameters()))
         # What is behind a large layer of zeros would not be compared.
         large = [x for x in both if type(x) is not nn.Parameter or (x.numel() > _LARGE and bool(x.any()))]
@@ -175,6 +182,9 @@ class _Comparison:
             self.set_mode(training)
             other = self._compare_two_calls(call)
             self._compare_size_one(other, sizes, limits, training=training)
+            for variant in with_one_object(call):
+                self.compare(variant, "one tensor as several inputs", may_fail=True)
+        limits.one_mode = self._reads_called_flags(call)
         self.set_mode(False)
         for variant in of_other_sizes(other, sizes):
             self.compare(variant, "an input of another size", may_fail=True)
@@ -187,6 +197,14 @@ class _Comparison:
         with torch.inference_mode():  # the last call, because its tensors may stay in a cache
             self.compare(call, "the example in inference mode", may_fail=True)
         return limits
+
+    def _reads_called_flags(self, call: Call) -> bool:
+        """Whether the graph is wrong in train mode if the parts that it calls are in eval mode."""
+        self.set_mode(True)
+        called = [node.target for node in self._made.graph.find_nodes(op="call_module")]
+        for part in (attribute(each, path) for path in called for each in self._both if attribute(self._model, path)):
+            part.eval()
+        return self._is_right([call], "the example with layers in eval mode") is False
 
     def _compare_two_calls(self, call: Call) -> Call:
         """Compare the example and other values. Returns these values; the example, if the model takes no others."""

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
-from hra_fx.example_inputs import Call, clone_inputs, seed_everything
+from hra_fx.example_inputs import Call, seed_everything, separated_inputs
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
 from hra_fx.passes.compare import copied
@@ -49,7 +49,7 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
 
     The forward may change the modules, so a copy of them is captured.
     """
-    args, kwargs = clone_inputs(call)
+    args, kwargs = separated_inputs(call)
     seed_everything(0)  # a branch on a random number is the same in both modes
     model = copied(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part)}

@@ -6,6 +6,7 @@ import io
 import pickle
 import random
 import sys
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -26,13 +27,22 @@ _SCALE = 1000.0
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles values by their content, and functions, classes and modules by their identity."""
+    """Pickles values by their content, and functions, classes, modules and what has no content by their identity."""
 
     def persistent_id(self, obj: Any) -> Any:
         """What stands for an object that is not pickled; `None` for any other."""
         if isinstance(obj, Tensor):
             return str(obj.dtype), obj.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
         return id(obj) if isinstance(obj, _OPAQUE) else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        """How an object is pickled that cannot be pickled, such as a lock: by its attributes."""
+        try:
+            obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            return NotImplemented
+        except Exception:  # any class may refuse it
+            content = obj() if isinstance(obj, weakref.ref) else getattr(obj, "__dict__", None)
+            return tuple, ((id(obj), content),)
 
 
 def _content(value: Any) -> Any:
@@ -73,8 +83,9 @@ def observe(module: nn.Module, call: Call, parameters: Mapping[str, Tensor], *, 
     floats = [index for index, x in enumerate(leaves) if grad and isinstance(x, Tensor) and x.is_floating_point()]
     trained = {f"its input {index}": leaves[index].requires_grad_() for index in floats}
     trained |= {name: value for name, value in parameters.items() if value.requires_grad}
+    copies = {id(leaves[index]): leaves[index].clone() for index in floats}  # a forward may write into them
     for index in floats:
-        leaves[index] = leaves[index].clone()  # a forward may write into it
+        leaves[index] = copies[id(leaves[index])]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     # fx would print an error of a graph before it raises it.
     run = nn.Module.__call__ if isinstance(module, fx.GraphModule) else type(module).__call__
@@ -86,7 +97,7 @@ def observe(module: nn.Module, call: Call, parameters: Mapping[str, Tensor], *, 
         found["its set of custom autograd functions"] = _custom_functions(tensors)
     found["the type of its output"] = pytree.tree_structure(output)
     found |= {f"its output {index}": value for index, value in enumerate(outputs)}
-    found |= {f"its input {index}": value for index, value in enumerate(leaves)}
+    found |= {f"its input {index}": value for index, value in enumerate(leaves) if isinstance(value, Tensor)}
     found |= {f"its buffer {name}": value for name, value in module.named_buffers()}
     if grad:
         found |= {f"requires_grad of output {index}": value.requires_grad for index, value in enumerate(tensors)}
@@ -150,7 +161,7 @@ def _is_same(wanted: Any, found: Any) -> bool:
         return isinstance(found, set) and wanted <= found
     if isinstance(wanted, _VALUES):
         return type(wanted) is type(found) and bool(wanted == found or wanted != wanted)
-    return found is None or type(found) is type(wanted)
+    return found is None
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:

@@ -60,6 +60,14 @@ def of_other_kinds(call: Call) -> Iterator[Call]:
             yield _replaced(call, {index: value.float() if value.dtype is torch.bool else value.bool()})
 
 
+def with_one_object(call: Call) -> Iterator[Call]:
+    """The call with one tensor in all places of its shape and dtype, if there are several: a forward may ask for it."""
+    tensors, first = _tensors_of(call), dict[Any, Tensor]()
+    made = {index: first.setdefault((x.shape, x.dtype, x.device), x) for index, x in tensors.items()}
+    if len(first) < len(tensors):
+        yield _replaced(call, made)
+
+
 def not_contiguous(call: Call) -> Call:
     """The call with other strides of all tensors."""
     return _replaced(call, {index: x.mT.contiguous().mT for index, x in _tensors_of(call).items() if x.dim() > 1})

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree, require
 from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
+from hra_fx.example_inputs import normalize_inputs, preserve_rng_state, separated_inputs
 from hra_fx.export.program import refuse_program
 from hra_fx.layers.batch import exported_batch
 from hra_fx.passes.exported import exporting, without_caches
@@ -174,7 +174,7 @@ class _StepModule(nn.Module):
 
     def example(self) -> tuple[Any, ...]:
         """A copy of the example, in the order of the inputs."""
-        return clone_inputs((tuple(self.inputs.values()), {}))[0]
+        return separated_inputs((tuple(self.inputs.values()), {}))[0]
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import enum
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -113,6 +114,35 @@ def penalized(self: Any, x: Tensor) -> Any:
     return self.b(self.a(cut(x))), sum(weight.abs().sum() for weight in self.parameters())
 
 
+def in_train(change: Callable[[Any], float]) -> Callable[..., Any]:
+    """A share of the output that depends on the layers, in train mode alone."""
+    return lambda self, x: self.b(self.a(cut(x))) * (change(self) if self.training else 1.0)
+
+
+def attention(self: Any, query: Tensor, key: Tensor) -> Any:
+    return self.b(self.a(query) if query is key else self.a(query) + self.a(key).relu())
+
+
+def twice_dropped(self: Any, x: Tensor) -> Any:
+    return self.b(F.dropout(self.drop(self.a(x)), 0.5, self.drop.training))
+
+
+class Meter:
+    """An object that cannot be pickled."""
+
+    def __init__(self, calls: int = 0) -> None:
+        self.lock, self.calls = threading.Lock(), calls
+
+    def __deepcopy__(self, memo: Any) -> Meter:
+        return Meter(self.calls)
+
+    def append(self, _: int) -> None:
+        self.calls += 1
+
+    def __len__(self) -> int:
+        return self.calls
+
+
 def frozen(part: str, graph: Any, *inputs: Any) -> Any:
     graph.train().get_submodule(part).eval()
     return graph(*inputs)
@@ -155,6 +185,12 @@ CASES = {
     "contiguous": Case(model(lambda self, x: self.b(self.a(x if x.is_contiguous() else -x))), X,
                        r"x\.is_contiguous\(\)", (torch.randn(6, 4).T,)),
     "deque": Case(model(counted, state=collections.deque()), X, COUNTED),
+    "lock": Case(model(counted, state=Meter()), X, COUNTED),
+    "one tensor": Case(model(attention), (X, X), "differs for the example"),
+    "two tensors": Case(model(attention), (X, X.clone()), "differs for one tensor as several inputs", (X, X)),
+    "flag of a layer": Case(model(twice_dropped, drop=nn.Dropout(0.5)), X, ONE_MODE, run=partial(frozen, "drop")),
+    "parameters in train mode": Case(model(in_train(lambda self: len([*self.parameters()]))), X, ADAPTED),
+    "class in train mode": Case(model(in_train(lambda self: 1 + (type(self.a) is nn.Linear))), X, ADAPTED),
     "parameters": Case(model(penalized), X, ADAPTED),
     "requires_grad": Case(model(between(lambda self, h: h if self.a.bias.requires_grad else h.relu())), X, ADAPTED),
     "class": Case(model(between(lambda self, h: h * (2 if type(self.a) is nn.Linear else 1))), X, ADAPTED),
