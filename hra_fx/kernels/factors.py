@@ -96,6 +96,16 @@ def _plain_factors(tensors: Sequence[Tensor], forms: list[int], dtype: torch.dty
     return factors.to(dtype).flatten(0, 1).unbind()
 
 
+class Changes:
+    """Counts what may make factors wrong: changes of adapters, scales or kept directions; and backward passes.
+
+    A backward pass, because an optimizer step may follow, and fused optimizers do not change the versions of tensors.
+    """
+
+    count = 0
+    backwards = 0
+
+
 class _Factors(torch.autograd.Function):
     """The tensors of the chains of all layers -> `R` and `F` of each layer."""
 
@@ -110,6 +120,7 @@ class _Factors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        Changes.backwards += 1
         reached = [rows is not None or down is not None for rows, down in zip(grads[::2], grads[1::2], strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             found = _second_gradients(ctx.forms, _unchanged(ctx), grads)

@@ -19,12 +19,11 @@ from hra_fx.compat import is_plain_eager
 from hra_fx.errors import AdapterError
 from hra_fx.functional import chain as chains, geodesic, householder
 from hra_fx.functional.chain import chain_of, pairs_shape, to_pairs, without
-from hra_fx.functional.householder import products_dtype
 from hra_fx.functional.rotate import as_rows, rows_to_weight
-from hra_fx.kernels.factors import Factors, batched_factors
+from hra_fx.kernels.factors import Changes, Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapter_states import check_orthonormal, prepare_load, why_refused
-from hra_fx.layers.running import WITHOUT_FACTORS, Changes, Run, during, prepared_factors
+from hra_fx.layers.running import WITHOUT_FACTORS, Run, during, factors_for
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import KEPT, REFLECTION, SCALED, LayerKind, check_adapter_name, weight_name, weight_place
 
@@ -64,7 +63,6 @@ class HouseholderAdapters(nn.ParameterDict):
         scales: adapter name -> its scale, if the scale is not 1.
         shares: adapter name -> the share of the inputs of `hra_fx.protect` that the kept directions hold.
         traced: the factors of the layer, while TorchDynamo or `torch.export` records its model.
-        compute_dtype: the dtype of the layer's inputs, if it is known and was not that of the weight.
         needs_parameter: whether code of the model that reads `layer.weight` needs the parameter, not `W Q`.
         is_read: whether the forward of the model has read the weight of a layer that is called.
         unmerged: the weight before a merge; `None` if no adapter is merged.
@@ -88,7 +86,6 @@ class HouseholderAdapters(nn.ParameterDict):
         self.scales: dict[str, float] = {}
         self.shares: dict[str, float] = {}
         self.traced: Any = None
-        self.compute_dtype: torch.dtype | None = None
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,9 +147,7 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def reflect(self, x: Tensor) -> Any:
         """What a call in a graph returns for the input `x` of the layer (`reflects_input`)."""
-        found = None if torch.compiler.is_compiling() else prepared_factors(self, x)
-        own = self.factors(products_dtype(x.device, x.dtype)) if found is None else found
-        return self.second_argument(x, own)
+        return self.second_argument(x, factors_for(self, x, self.factors))
 
     def second_argument(self, x: Tensor, factors: Factors | None) -> Any:
         """What a graph passes to the layer as its second argument; only for layers that reflect their input."""
@@ -255,7 +250,6 @@ class HouseholderAdapters(nn.ParameterDict):
         """
         wide = {key: one for key, one in self._buffers.items() if key.endswith((KEPT, SCALED)) and one is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.compute_dtype = None
         Changes.count += 1
         for key, before in wide.items():
             moved: Any = self._buffers[key]

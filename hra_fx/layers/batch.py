@@ -6,15 +6,12 @@ ZeRO-3, offloading), or if its vectors or its input are not what they were at th
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
 import sys
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,11 +20,11 @@ from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.functional.householder import products_dtype, working_dtype
-from hra_fx.kernels.factors import Factors, batched_factors
+from hra_fx.kernels.factors import Changes, Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapter_states import check_orthonormal
 from hra_fx.layers.adapters import HouseholderAdapters, Place
-from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Changes, Run
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run, sources_of
 from hra_fx.layers.sharding import is_partitioned_by_zero3, is_sharded
 from hra_fx.layers.target import KEPT, REFLECTION
 
@@ -35,12 +32,9 @@ from hra_fx.layers.target import KEPT, REFLECTION
 _PLAIN = (Tensor, nn.Parameter)
 #: Dtypes in which layers compute.
 _COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NOTHING: list[Any] = []
-#: The keyword arguments of a graph.
-_NONE: Mapping[str, Any] = MappingProxyType({})
 #: With `requires_grad`: a checkpointed block, which runs again without a batch, must save as many tensors then.
 _FACTS = operator.attrgetter("__class__", "shape", "dtype", "device", "requires_grad")
-_SEEN = operator.attrgetter("forward", "compute_dtype")
+_FORWARD = operator.attrgetter("forward")
 
 
 class _Group(NamedTuple):
@@ -48,7 +42,7 @@ class _Group(NamedTuple):
 
     Attributes:
         owners: the containers of the layers.
-        seen: for each container, its forward, which accelerate may replace, and the dtype of its layer's inputs.
+        forwards: the forward of each container, which accelerate may replace.
         holders, names: where the tensors of the chains are, in the order of `batched_factors`.
         facts: class, shape, dtype, device and flag of each tensor.
         forms: how each part of a chain is computed (`chain.vectors_of`).
@@ -56,7 +50,7 @@ class _Group(NamedTuple):
     """
 
     owners: list[HouseholderAdapters]
-    seen: list[Any]
+    forwards: list[Any]
     holders: list[dict[str, Any]]
     names: list[str]
     facts: list[Any]
@@ -67,7 +61,7 @@ class _Group(NamedTuple):
         """The tensors of the chains, or `None` if something else than their values has changed."""
         # No calls of Python functions for each layer, because this runs in each forward.
         tensors: list[Any] = list(map(dict.get, self.holders, self.names))
-        same = list(map(_FACTS, tensors)) == self.facts and list(map(_SEEN, self.owners)) == self.seen
+        same = list(map(_FACTS, tensors)) == self.facts and list(map(_FORWARD, self.owners)) == self.forwards
         if not same or not all(map(Tensor.data_ptr, tensors)) or any(map(any, map(compat.HOOKS, self.owners))):
             return None
         return tensors
@@ -114,45 +108,29 @@ class _Batch:
 _BATCHES: WeakKeyDictionary[nn.Module, _Batch] = WeakKeyDictionary()
 
 
-def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]], kwargs: Mapping[str, Any] = _NONE) -> Run:
+def start(model: nn.Module, layers: Callable[[], Iterable[nn.Module]]) -> Run:
     """Start a run of a model, or of its body, with the factors of its adapted layers.
 
-    Forwards without gradients and with the same cache in `kwargs` are steps of one generation, and use the same
-    factors. A replica of DataParallel has no parameters, and FSDP would reduce the gradients of a block before the
-    batch has its gradients. Then each layer computes its own factors.
+    Forwards in one call of `generate` use the same factors. A replica of DataParallel has no parameters, and FSDP would
+    reduce the gradients of a block before the batch has its gradients. Then each layer computes its own factors.
     """
     if not compat.is_plain_eager() or getattr(model, compat.REPLICA, False):
         return WITHOUT_FACTORS
     if torch.distributed.is_available() and torch.distributed.is_initialized() and is_sharded(model):
         return WITHOUT_FACTORS
-    has_graph = torch.is_grad_enabled()
-    cache = None if has_graph else kwargs.get("past_key_values", kwargs.get("cache"))  # since transformers 5.24
-    if cache is not None:
-        with contextlib.suppress(TypeError):  # a tuple has no weak references
-            of_model, last = RUNNING.generation.get(cache) or (None, WITHOUT_FACTORS)
-            if of_model is not None and of_model() is model and last.changes == Changes.count:
-                return last
-    batch = _BATCHES.get(model)
-    if batch is None:
-        batch = _BATCHES[model] = _Batch()
-    run = Run({}, has_graph, Changes.count)
+    generation = RUNNING.generation
+    if generation is not None and (last := generation.get(model)) is not None and last.is_valid(()):
+        return last
+    batch = _BATCHES.get(model) or _BATCHES.setdefault(model, _Batch())
+    run = Run.now()
     for group, tensors in batch.values(layers):
-        dtype = group.dtype
-        if compat.is_autocast_active():
-            dtype = products_dtype(tensors[0].device, dtype)
-        versions = compat.tensor_versions(tensors)
+        dtype = products_dtype(tensors[0].device, group.dtype) if compat.is_autocast_active() else group.dtype
+        sources = sources_of(group.holders, group.names, tensors)
         factors = batched_factors(tensors, group.forms, dtype)
-        addresses = map(Tensor.data_ptr, tensors)
-        watched: list[Any] = list(zip(group.holders, group.names, tensors, versions, addresses, strict=True))
-        size = len(group.owners)
         for index, owner in enumerate(group.owners):
-            others = watched[index + size :: size] if len(group.forms) > 1 else _NOTHING
-            run.prepared[owner] = *factors[index], *watched[index], others
-    if RUNNING.generation:
-        RUNNING.generation.clear()
-    if cache is not None:
-        with contextlib.suppress(TypeError):
-            RUNNING.generation[cache] = weakref.ref(model), run
+            run.prepared[owner] = *factors[index], sources[index :: len(group.owners)]
+    if generation is not None:
+        generation[model] = run
     return run
 
 
@@ -165,8 +143,7 @@ def _groups(layers: Iterable[nn.Module]) -> list[_Group]:
         tensors = [held[name] for held, name in places]
         if tensors and all(_is_available(tensor, adapters.width) for tensor in tensors):
             facts = tuple([(type(one), one.shape, one.dtype, one.device, one.requires_grad) for one in tensors])
-            # The dtype of the layer's last call, if it was not that of its weight.
-            dtype = adapters.compute_dtype or adapters.weight_of(layer).dtype
+            dtype = adapters.weight_of(layer).dtype
             dtype = dtype if dtype in _COMPUTING else tensors[0].dtype  # a quantized weight
             found[tuple([form for form, _ in parts]), facts, dtype].append((adapters, places))
     groups = []
@@ -175,9 +152,9 @@ def _groups(layers: Iterable[nn.Module]) -> list[_Group]:
         # `batched_factors` takes the first tensor of all layers, then the second one.
         places = [places[index] for index in range(len(facts)) for _, places in members]
         holders, names = [holder for holder, _ in places], [name for _, name in places]
-        seen = [] if torch.compiler.is_compiling() else list(map(_SEEN, owners))
+        forwards = [] if torch.compiler.is_compiling() else list(map(_FORWARD, owners))
         every = [fact for fact in facts for _ in members]
-        groups.append(_Group(owners, seen, holders, names, every, list(forms), dtype))
+        groups.append(_Group(owners, forwards, holders, names, every, list(forms), dtype))
     return groups
 
 

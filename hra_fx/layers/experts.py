@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
-from hra_fx.layers.running import RUNNING
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Reader, Run, sources_of
+from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.weight import read_weight, running
 
 
@@ -45,12 +47,7 @@ class AdaptedExperts(SwapMixin):
         layer = vars(self).get("_modules", {}).get(CHILD + name)
         if not isinstance(layer, ExpertsWeight) or name not in self._parameters:
             return super().__getattr__(name)
-        if RUNNING.reader is None:
-            return read_weight(layer)
-        known, key = RUNNING.reader.experts, (layer, torch.is_grad_enabled())
-        if key not in known:
-            known[key] = read_weight(layer)
-        return known[key]
+        return read_weight(layer) if RUNNING.reader is None else _read_once(layer, RUNNING.reader)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -68,6 +65,22 @@ class AdaptedExperts(SwapMixin):
             return run(self, *args, **kwargs)
 
         return {"forward": forward}
+
+
+def _read_once(layer: ExpertsWeight, reader: Reader) -> Any:
+    """`W Q` for all reads in one forward, unless a tensor that it depends on has changed."""
+    is_eager, key = compat.is_plain_eager(), (layer, torch.is_grad_enabled())
+    weight, run, sources = reader.experts.get(key, (None, WITHOUT_FACTORS, []))
+    if weight is not None and (not is_eager or run.is_valid(sources)):
+        return weight
+    weight = read_weight(layer)
+    if is_eager:
+        adapters: Any = layer._modules[REFLECTION]
+        vectors = [place for _, held in adapters.places() for place in held]
+        holders, names = zip((layer.owner._parameters, layer.parameter), *vectors, strict=True)
+        run, sources = Run.now(), sources_of(holders, names, list(map(dict.get, holders, names)))
+    reader.experts[key] = weight, run, sources
+    return weight
 
 
 def adapted_parameters(owner: nn.Module) -> list[ExpertsWeight]:

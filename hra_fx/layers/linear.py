@@ -14,13 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
-from hra_fx import compat
 from hra_fx.kernels.factors import Factors
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.running import RUNNING, Changes, factors_for
+from hra_fx.layers.running import factors_for
 from hra_fx.layers.target import REFLECTION
 
 # From this number of rows per vector, `(x F^T) (R W^T)` is cheaper than to reflect `x` first, as measured on CPUs.
@@ -62,23 +60,6 @@ class AdaptedLinear(AdaptedLayer):
                 weight = weight.mT
             if reflected is not None:
                 return F.linear(reflected, weight, bias)
-            run = None if is_dynamo_compiling() else RUNNING.run
-            found = None if run is None else run.prepared.get(adapters)
-            # The usual case of `factors_for`, here because a call takes as long as a small operator.
-            if run is not None and found is not None:
-                rows, down, holder, name, vectors, version, address, others = found
-                if (
-                    run.changes == Changes.count
-                    and run.has_graph is torch.is_grad_enabled()
-                    and rows.dtype is input.dtype
-                    and holder.get(name) is vectors
-                    and not others
-                    and version >= 0  # a tensor of inference mode has no version
-                    and compat.VERSION(vectors) == version
-                    and vectors.data_ptr() == address
-                    and not compat.is_dispatch_mode_active()
-                ):
-                    return linear(input, (rows, down), weight, bias)
             factors = factors_for(adapters, input)
             return F.linear(input, weight, bias) if factors is None else linear(input, factors, weight, bias)
 

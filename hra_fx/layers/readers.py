@@ -16,16 +16,14 @@ from typing import Any
 from torch import nn
 
 _WEIGHTS = {"weight", "in_proj_weight"}
-#: Methods that do not run in a forward.
-_NOT_RUNNING = ("__init__", "_init_weights", "reset_parameters", "extra_repr")
 #: The ends of names of classes whose code needs the parameters of their layers, not `W Q`: T5 only asks for a dtype,
 #: which would compute `W Q` for nothing, and RWKV writes into weights when it changes between train and eval mode.
 _NEED_PARAMETERS = ("DenseActDense", "DenseGatedActDense", "RwkvModel")
 
 
 def reads_weights(cls: type[nn.Module]) -> bool:
-    """Whether the methods of a class may use weights of other modules."""
-    return any(_WEIGHTS & names for name, names in _named(cls) if name not in _NOT_RUNNING)
+    """Whether the forward of a class, or a method that it uses, may use weights of other modules."""
+    return any(_WEIGHTS & names for _, names in methods_of_forward(cls))
 
 
 def needs_parameters(cls: type[nn.Module]) -> bool:
@@ -38,17 +36,16 @@ def writes_data(cls: type[nn.Module]) -> bool:
 
     Nothing can find a write to it.
     """
-    methods = methods_of_forward(cls)
-    return any("data" in names and _WEIGHTS & names for name, names in _named(cls) if name in methods)
+    return any("data" in names and _WEIGHTS & names for _, names in methods_of_forward(cls))
 
 
-def methods_of_forward(cls: type[nn.Module]) -> set[str]:
-    """The names of the methods and properties that the forward of a class may use, directly or not."""
+def methods_of_forward(cls: type[nn.Module]) -> list[tuple[str, set[str]]]:
+    """The methods and properties that the forward of a class may use, directly or not, with the names in their code."""
     named = list(_named(cls))
     found = {"forward"}
     while new := {used for name, names in named if name in found for used in names} & {n for n, _ in named} - found:
         found |= new
-    return found
+    return [(name, names) for name, names in named if name in found]
 
 
 def _named(cls: type[nn.Module]) -> Iterator[tuple[str, set[str]]]:

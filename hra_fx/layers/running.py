@@ -7,9 +7,8 @@ its layers use the factors that were computed for all of them at the start (`hra
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +16,49 @@ from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
 from hra_fx.functional.householder import products_dtype
-from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.factors import Changes, Factors
 
-#: The factors of a layer, `R` and `F`, and the parameter that they were computed from: where the container has it, its
-#: name, the parameter, and its version and address at that time. The last entry has the same facts of other adapters.
-Prepared: TypeAlias = tuple[Tensor, Tensor, dict[str, Any], str, Tensor, int, int, list[Any]]
-
-
-class Changes:
-    """Counts changes after which prepared factors are wrong: other active adapters, scales or kept directions."""
-
-    count = 0
+#: Where a tensor is, its name there, the tensor, and its version and address when something was computed from it.
+Source: TypeAlias = tuple[dict[str, Any], str, Tensor, int, int]
 
 
 class Run(NamedTuple):
-    """A forward of a model in one thread.
+    """A forward of a model in one thread, and what decides whether values that were computed at its start are right.
 
     Attributes:
-        prepared: container of a layer -> its factors.
+        prepared: container of a layer -> its factors `R` and `F`, and the tensors that they were computed from.
         has_graph: whether they were computed with gradients.
-        changes: `Changes.count` when they were computed.
+        changes, backwards: those of `Changes` when they were computed.
     """
 
-    prepared: dict[Any, Prepared]
+    prepared: dict[Any, tuple[Tensor, Tensor, list[Source]]]
     has_graph: bool = False
     changes: int = 0
+    backwards: int = 0
+
+    @classmethod
+    def now(cls) -> Run:
+        """A run that starts now."""
+        return cls({}, torch.is_grad_enabled(), Changes.count, Changes.backwards)
+
+    def is_valid(self, sources: Iterable[Source]) -> bool:
+        """Whether values that were computed from `sources` at the start of this run are still right."""
+        if self.changes != Changes.count or self.backwards != Changes.backwards:
+            return False
+        if (torch.is_grad_enabled() and not self.has_graph) or compat.is_dispatch_mode_active():
+            return False
+        for holder, name, tensor, version, address in sources:
+            if holder.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+            if version >= 0 and compat.VERSION(tensor) != version:  # a tensor of inference mode has none
+                return False
+        return True
+
+
+def sources_of(holders: Iterable[dict[str, Any]], names: Iterable[str], tensors: list[Any]) -> list[Source]:
+    """The tensors with these names, with their present versions and addresses."""
+    addresses = map(Tensor.data_ptr, tensors)
+    return list(zip(holders, names, tensors, compat.tensor_versions(tensors), addresses, strict=True))
 
 
 class Reader(NamedTuple):
@@ -51,12 +68,13 @@ class Reader(NamedTuple):
         module: its module.
         read: the weights that it has read: the layer; a tensor with the version, but not the memory, of `W Q`; and this
             version at the time of the read.
-        experts: `W Q` of experts, which loop over it: (layer, whether with gradients) -> weight.
+        experts: `W Q` of experts, which loop over it: (layer, whether with gradients) -> weight, the run that started
+            then, and the tensors that it was computed from.
     """
 
     module: nn.Module
     read: list[tuple[nn.Module, Tensor, int]]
-    experts: dict[tuple[nn.Module, bool], Tensor]
+    experts: dict[tuple[nn.Module, bool], tuple[Tensor, Run, list[Source]]]
 
 
 class _Running(threading.local):
@@ -66,8 +84,8 @@ class _Running(threading.local):
         # TorchDynamo would guard that a class attribute is not an attribute of the object, which its first call breaks.
         self.run: Run | None = None
         self.reader: Reader | None = None
-        #: The last forward with a cache (`generate`): cache -> a weak reference to the model, and the run.
-        self.generation: WeakKeyDictionary[Any, tuple[Callable[[], object], Run]] = WeakKeyDictionary()
+        #: In a call of `generate`: model -> its last run.
+        self.generation: dict[nn.Module, Run] | None = None
 
 
 RUNNING = _Running()
@@ -84,40 +102,25 @@ def during(run: Run, function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         RUNNING.run = outer
 
 
-def factors_for(adapters: Any, x: Tensor) -> Factors | None:
+def factors_for(adapters: Any, x: Tensor, compute: Callable[..., Factors | None] | None = None) -> Factors | None:
     """The factors of a layer for its input: those of the run, or its own; `None` if no adapter is active.
 
-    Own factors come from a call of the container, so that FSDP, ZeRO-3 and offloading can first provide its vectors.
+    Own factors come from `compute`, or from a call of the container, so that FSDP, ZeRO-3 and offloading can first
+    provide its vectors.
     """
     if not adapters.active:
         return None
-    if not is_dynamo_compiling() and (found := prepared_factors(adapters, x)) is not None:
-        return found
+    run = None if is_dynamo_compiling() else RUNNING.run
+    if run is not None and (found := run.prepared.get(adapters)) is not None and run.is_valid(found[2]):
+        rows, down, _ = found
+        if rows.dtype is x.dtype:
+            return rows, down
+        dtype = products_dtype(x.device, x.dtype)
+        if rows.dtype is dtype or rows.dtype.itemsize > dtype.itemsize:
+            return rows.to(dtype), down.to(dtype)
     dtype = products_dtype(x.device, x.dtype)
     if adapters.traced is not None:
         rows, down, has_graph = adapters.traced
         if has_graph or not torch.is_grad_enabled():
             return rows.to(dtype), down.to(dtype)
-    own: Factors | None = adapters(dtype=dtype)
-    return own
-
-
-def prepared_factors(adapters: Any, x: Tensor) -> Factors | None:
-    """The factors that were computed at the start of the run, if they still fit the layer and its input `x`."""
-    run = RUNNING.run
-    if run is None or run.changes != Changes.count or (found := run.prepared.get(adapters)) is None:
-        return None
-    if (torch.is_grad_enabled() and not run.has_graph) or compat.is_dispatch_mode_active():
-        return None
-    rows, down, *first, others = found
-    for holder, name, tensor, version, address in [cast(Any, first), *others]:
-        if holder.get(name) is not tensor or tensor.data_ptr() != address:
-            return None
-        if version >= 0 and compat.VERSION(tensor) != version:
-            return None
-    if rows.dtype is x.dtype:
-        return rows, down
-    if compat.is_autocast_active():
-        return (rows, down) if rows.dtype is products_dtype(x.device, x.dtype) else None
-    adapters.compute_dtype = x.dtype  # for the next run
-    return None
+    return (compute or adapters)(dtype=dtype)

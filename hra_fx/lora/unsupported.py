@@ -104,7 +104,7 @@ def _is_only_read(path: str, layer: nn.Module, owners: Mapping[str, nn.Module]) 
 def _source(cls: type[nn.Module]) -> str:
     """The code that the forward of a class may run, as far as it is known."""
     code = []
-    for name in methods_of_forward(cls):
+    for name in dict(methods_of_forward(cls)):
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
             held: Any = vars(base).get(name)
             with contextlib.suppress(OSError, TypeError):

@@ -7,7 +7,8 @@ active adapter. Entries are renamed before they are loaded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch  # the code that Dynamo of torch 2.6 writes for this file reads this name
@@ -38,32 +39,24 @@ class AdaptedModel(SwapMixin):
         """
         if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
-        outer = RUNNING.run
-        RUNNING.run = outer or WITHOUT_FACTORS
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            RUNNING.run = outer
+        return during(RUNNING.run or WITHOUT_FACTORS, super().__call__, *args, **kwargs)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Wrap `forward` of `base` to compute the factors of all layers at its start."""
+        """Wrap `forward` of `base` to compute the factors of all layers at its start, and `generate` to keep them."""
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("adapter_names") is not None:  # models that take any keyword argument would ignore it
                 raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
             if not torch.compiler.is_dynamo_compiling():
-                outer = RUNNING.run
-                RUNNING.run = start(self, functools.partial(_acting_layers, self), kwargs)
-                try:
-                    return _watched(self, base.forward(self, *args, **kwargs))
-                finally:
-                    RUNNING.run = outer
+                run = start(self, functools.partial(_acting_layers, self))
+                return _watched(self, during(run, base.forward, self, *args, **kwargs))
             with traced_batch(() if is_sharded(self) or not is_compiling() else _acting_layers(self)):
                 return base.forward(self, *args, **kwargs)
 
-        return {"forward": forward}
+        method = inspect.getattr_static(base, "generate", None)
+        return {"forward": forward} | ({"generate": _generation(method)} if inspect.isfunction(method) else {})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename entries. This is called before the children load their entries."""
@@ -82,6 +75,21 @@ class AdaptedModel(SwapMixin):
             if (copies := get_copies(owner)) is not None:
                 _rename(state_dict, f"{prefix}{path}." if path else prefix, copies, theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _generation(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method: all forwards of a model in one call of it use the same factors."""
+
+    @functools.wraps(generate)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outer = RUNNING.generation
+        RUNNING.generation = {} if outer is None else outer
+        try:
+            return generate(self, *args, **kwargs)
+        finally:
+            RUNNING.generation = outer
+
+    return run
 
 
 def _acting_layers(model: nn.Module) -> Sequence[nn.Module]:
@@ -146,7 +154,7 @@ class AdaptedBody(SwapMixin):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if is_compiling() or (RUNNING.run is not None and RUNNING.run.prepared):
                 return base.forward(self, *args, **kwargs)
-            run = start(self, functools.partial(_acting_layers, self), kwargs)
+            run = start(self, functools.partial(_acting_layers, self))
             return during(run, base.forward, self, *args, **kwargs)
 
         return {"forward": forward}

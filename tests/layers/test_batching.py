@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from layers.reading_weights import assert_gradients
 from one_layer import BF16, F32, F64, normal
 from oracles import relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_fx
@@ -127,63 +129,164 @@ def test_a_layer_in_a_wider_dtype_than_its_batch() -> None:
     assert relative_error(found, model(X.float())) < 1e-6
 
 
+# ---- within a forward ----
+
+
+def change(model: Any) -> None:
+    """Change the vectors of two layers in place, as optimizers and `load_state_dict` do."""
+    with torch.no_grad():
+        model.two.hra_u["default"].copy_(normal(61, *model.two.hra_u["default"].shape))
+        model.three.load_state_dict({**model.three.state_dict(), "hra_u.default": normal(62, 7, 1, 2)})
+
+
+def fused_step(model: Any) -> None:
+    """A step that does not change the versions of tensors, for a loss of the layers themselves."""
+    with torch.enable_grad():
+        model.three(model.two(X)).square().sum().backward()
+    torch.optim.SGD([model.two.hra_u["default"], model.three.hra_u["default"]], 0.5, fused=True).step()
+    model.zero_grad()
+
+
+def other_memory(model: Any) -> None:
+    model.two.hra_u["default"].data = normal(63, 12, 1, 2)
+
+
+def other_parameter(model: Any) -> None:
+    model.two.hra_u["default"] = nn.Parameter(normal(64, 12, 1, 2))
+
+
+#: A change, and the adapters that act after it.
+CHANGES: dict[str, tuple[Callable[[Any], object], Sequence[str]]] = {
+    "in place": (change, ["default"]),
+    "a fused step": (fused_step, ["default"]),
+    "other memory": (other_memory, ["default"]),
+    "another parameter": (other_parameter, ["default"]),
+    "another adapter": (lambda model: hra_fx.set_adapter(model, "other"), ["other"]),
+    "two adapters": (lambda model: hra_fx.set_adapter(model, ["default", "other"]), ["default", "other"]),
+    "a scale": (lambda model: hra_fx.set_scale(model, "default", 0.0), []),
+}
+
+
+def with_two_adapters(make: Callable[[], nn.Module] = Net) -> tuple[nn.Module, Any]:
+    """The second adapter is not active."""
+    base, model = adapted(make, r=2)
+    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules="all-linear", init_weights=False))
+    return base, model
+
+
 @pytest.mark.parametrize("grad", [False, True])
-def test_vectors_that_change_in_a_forward_count_from_then_on(grad: bool) -> None:
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_in_a_forward_counts_from_then_on(name: str, grad: bool) -> None:
     """As in test-time training, where a forward calls layers, makes a step of an optimizer, and calls layers again."""
-    base, model = adapted()
-    names = ("two", "three")
+    base, model = with_two_adapters()
+    act, adapters = CHANGES[name]
+    hidden = model.one(X).detach()
+    base.one.register_forward_hook(lambda *_: hidden)
+    before = run_dense(base, model, X)
 
-    def change(*_: object) -> None:
-        with torch.no_grad():
-            model.two.hra_u["default"].copy_(normal(61, *model.two.hra_u["default"].shape))
-            model.three.load_state_dict({**model.three.state_dict(), "hra_u.default": normal(62, 7, 3)})
+    def once(*_: object) -> None:
+        handle.remove()
+        act(model)
 
-    handle = model.one.register_forward_hook(change)
+    handle = model.one.register_forward_hook(once)
     with torch.set_grad_enabled(grad):
         found = model(X)
-    handle.remove()
-    if grad:
-        found.sum().backward()
-    wanted = run_dense(base, model, X)
-    assert relative_error(found, wanted) < 1e-12
-    if grad:
-        vectors = [vectors_of(model)[name] for name in names]
-        gradients = torch.autograd.grad(wanted.sum(), vectors)
-        assert all(relative_error(own.grad, right) < 1e-9 for own, right in zip(vectors, gradients, strict=True))
+    wanted = run_dense(base, model, X, adapters=adapters)
+    assert relative_error(found, wanted) < 1e-12 and relative_error(found, before) > 1e-3
+    if grad and adapters:
+        leaves = [layer.hra_u[adapter] for layer in (model.two, model.three) for adapter in adapters]
+        assert_gradients(found, wanted, leaves)
 
 
-# ---- forwards with one cache are steps of a generation, and use the factors of the first one ----
+class Parts(Net):
+    """Calls its layers by a function of the test."""
+
+    use: Callable[[nn.Module, Tensor], Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(torch.tanh(self.use(self.two, torch.tanh(self.one(x)))))
+
+
+def test_a_part_with_gradients_in_a_forward_without_them() -> None:
+    base, model = adapted(Parts)
+    base.use = lambda layer, x: layer(x)
+    model.use = torch.enable_grad()(base.use)
+    kept: list[Tensor] = []
+    model.two.register_forward_hook(lambda layer, args, output: kept.append(output))
+    with torch.no_grad():
+        assert relative_error(model(X), run_dense(base, model, X)) < 1e-12
+    assert torch.autograd.grad(kept[0].sum(), model.two.hra_u["default"])[0].any()
+
+
+def test_a_part_with_other_vectors() -> None:
+    base, model = adapted(Parts, r=2)
+    base.use, other = (lambda layer, x: layer(x)), normal(65, 12, 1, 2)
+    model.use = lambda layer, x: torch.func.functional_call(layer, {"hra_u.default": other}, (x,))
+    found = model(X)
+    with torch.no_grad():
+        model.two.hra_u["default"].copy_(other)
+    assert relative_error(found, run_dense(base, model, X)) < 1e-12
+
+
+def test_a_part_that_selective_checkpointing_runs_again() -> None:
+    """It counts operators, so the first run must have those of the second one."""
+    base, model = adapted(Parts)
+    base.use = lambda layer, x: layer(x)
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    model.use = lambda layer, x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    assert_right(base, model, model(X))
+
+
+def test_a_hook_on_a_container_runs_from_now_on() -> None:
+    base, model = adapted()
+    model(X)
+    called: list[object] = []
+    model.two.hra_u.register_forward_pre_hook(lambda *_: called.append(None))
+    assert_right(base, model, model(X))
+    assert len(called) == 1
+
+
+# ---- forwards within one call of `generate` use the factors of the first one ----
 
 
 class Generator(Net):
     """Calls itself several times, as language models do."""
 
-    def forward(self, x: Tensor, past_key_values: object = None) -> Tensor:
-        return super().forward(x)
-
     def generate(self, x: Tensor, between: Callable[[Any], object] = lambda model: None) -> list[Tensor]:
-        found, cache = [], nn.Identity()  # any object
+        found = []
         for _ in range(3):
-            found.append(self(x, past_key_values=cache))
+            found.append(self(x))
             between(self)
         return found
 
 
-def test_generate_passes_one_cache() -> None:
-    """By a name that hra_fx/layers/batch.py knows; under another one, factors are computed for each token."""
+def solves(function: Callable[[], object]) -> int:
+    """The number of times that factors are computed: each time needs one triangular solve."""
+    with torch.autograd.profiler.profile() as profile:
+        function()
+    return sum(event.name == "aten::linalg_solve_triangular" for event in profile.function_events)
+
+
+def test_generate_computes_factors_once_for_all_tokens_and_models() -> None:
+    """A second model proposes tokens, and calls its own `generate` for each of them."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8))
-    found: list[Any] = []
+    config, ids = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=8), torch.tensor([[1, 2]])
+    one, two = [
+        hra_fx.transform(LlamaForCausalLM(config), hra_fx.HRAConfig(r=2, target_modules=["q_proj", "k_proj"]))
+        for _ in range(2)
+    ]
+    tokens = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    calls: list[object] = []
+    one.register_forward_hook(lambda *_: calls.append(None))
+    with torch.no_grad():
+        once = solves(lambda: one(ids))
+        assert once > 0 and solves(lambda: (one(ids), one(ids))) == 2 * once
+    calls.clear()
+    assert solves(lambda: one.generate(input_ids=ids, **tokens)) == once and len(calls) == 6
+    assert solves(lambda: one.generate(input_ids=ids, assistant_model=two, **tokens)) == 2 * once
 
-    def look(_: object, args: object, kwargs: dict[str, Any]) -> None:
-        found.append(kwargs.get("past_key_values", kwargs.get("cache")))
 
-    model.register_forward_pre_hook(look, with_kwargs=True)
-    model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
-    assert len(found) == 4 and found[0] is not None and all(cache is found[0] for cache in found)
-
-
-def test_factors_live_as_long_as_the_cache() -> None:
+def test_factors_live_as_long_as_the_call() -> None:
     model = adapted(Generator)[1]
     vectors = weakref.ref(model.one.hra_u["default"])
     with torch.no_grad():
@@ -198,27 +301,20 @@ def test_generate_with_gradients_trains() -> None:
     assert_right(base, model, model.generate(X)[1])
 
 
-CHANGES: dict[str, Callable[[Any], object]] = {
-    "scale": lambda model: hra_fx.set_scale(model, "default", 0.0),
-    "vectors": lambda model: model.one.hra_u["default"].add_(1.0),
-    "load_state_dict": lambda model: model.load_state_dict(
-        {name: -0.5 + tensor for name, tensor in model.state_dict().items()}
-    ),
-}
-
-
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_in_the_middle_of_generate(change: str, guard: Any) -> None:
-    sought: list[Tensor] = []
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_in_the_middle_of_generate(name: str, guard: Any) -> None:
+    base, model = with_two_adapters(Generator)
+    act, adapters = CHANGES[name]
+    wanted: list[Tensor] = []
 
     def between(model: Any) -> None:
-        if not sought:
-            CHANGES[change](model)
+        if not wanted:
             with torch.inference_mode(False):
-                sought.append(hra_fx.fold(copy.deepcopy(model))(X).detach())
+                act(model)
+                wanted.append(run_dense(base, model, X, adapters=adapters))
 
     with guard():
-        first, second, _ = adapted(Generator, r=2)[1].generate(X, between)
-    assert relative_error(second, sought[0]) < 1e-12
+        first, second, third = model.generate(X, between)
+    assert relative_error(second, wanted[0]) < 1e-12 and relative_error(third, wanted[0]) < 1e-12
     assert relative_error(second, first) > 1e-3
