@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from hra_fx.api.peft_model import HRAModel, as_hra_model
-from hra_fx.api.transform import transform
+from hra_fx.api.peft_model import HRAModel
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError
-from hra_fx.layers.peft_layers import refuse_hidden_names
 
 
 def get_peft_model(
@@ -44,14 +41,7 @@ def get_peft_model(
         >>> model.print_trainable_parameters()
         trainable params: 12 || all params: 40 || trainable%: 30.0000
     """
-    if isinstance(model, fx.GraphModule):
-        raise AdapterError(
-            f"PEFT's methods cannot be added to a captured graph ({type(model).__name__}). Call "
-            "hra_fx.transform(model, config), which returns a model of the same type."
-        )
-    if isinstance(model, nn.Module):
-        refuse_hidden_names(model, HRAModel)
-    adapted: Any = as_hra_model(transform(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
+    adapted: Any = HRAModel(model, peft_config, adapter_name, low_cpu_mem_usage)
     if revision is not None:
         adapted.peft_config[adapter_name].revision = revision
     return adapted

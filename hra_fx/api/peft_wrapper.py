@@ -33,7 +33,7 @@ class TakenOver(SwapMixin):
         def forward(self: TakenOver, *args: Any, **kwargs: Any) -> Any:
             return self.get_base_model()(*args, **kwargs)
 
-        return {name: _OfBase(name) for name in names} | {"forward": forward}
+        return {name: OfModel(name) for name in names} | {"forward": forward}
 
     def get_base_model(self) -> Any:
         """The base model."""
@@ -48,13 +48,15 @@ class TakenOver(SwapMixin):
         return self.get_base_model().load_state_dict(own, *args, **kwargs)
 
 
-class _OfBase:
-    """An attribute of the base model. Unlike a property, it can be replaced: FSDP2 wraps `generate` of an object."""
+class OfModel:
+    """An attribute of `get_base_model()`. Unlike a property, it can be replaced: FSDP2 wraps `generate`."""
 
     def __init__(self, name: str) -> None:
+        """Store the name of the attribute."""
         self.name = name
 
-    def __get__(self, wrapper: TakenOver | None, owner: type) -> Any:
+    def __get__(self, wrapper: Any, owner: type) -> Any:
+        """The attribute of the model; in the class, this object."""
         return self if wrapper is None else getattr(wrapper.get_base_model(), self.name)
 
 
