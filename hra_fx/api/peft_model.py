@@ -6,34 +6,23 @@ pipelines, diffusers) still work, and a wrapper that forwards attributes is not 
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import nn
 
 from hra_fx.api.load import load_adapter
-from hra_fx.api.peft_wrapper import OfModel
-from hra_fx.api.transform import transform
+from hra_fx.api.peft_class import BaseModel, PeftAttributes, adapt, add_methods
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError
 from hra_fx.integrations import pretrained
-from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.peft_layers import refuse_hidden_names
 from hra_fx.model import merge, remove, switch, trainable
 from hra_fx.model.fold import fold
 from hra_fx.model.setup import add_adapter
-from hra_fx.model.state import RECORD, root_of
-from hra_fx.selection.origin import DEFAULT_TARGETS
-
-#: The body of a model (`model.base_model`) -> a reference to the model. An attribute would be copied and pickled.
-_MODELS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+from hra_fx.model.state import root_of
 
 
-class HRAModel(SwapMixin):
+class HRAModel(PeftAttributes):
     """An adapted model with PEFT's methods: `HRAModel(model, config, adapter_name="default", low_cpu_mem_usage=False)`.
 
     This call adapts `model` in place and returns it. `get_peft_model`, `from_pretrained` and `from_peft` return such
@@ -63,35 +52,11 @@ class HRAModel(SwapMixin):
         True
     """
 
-    _hra_priority = 3
-    prefix: ClassVar[str] = "hra_"
-    tuner_layer_cls: ClassVar[type[AdaptedLayer]] = AdaptedLayer
-    target_module_mapping: ClassVar[dict[str, list[str] | str]] = {
-        kind: names if isinstance(names, str) else list(names) for kind, names in DEFAULT_TARGETS.items()
-    }
-
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Adapt a model, which gets a class that is derived from this one."""
-        return _adapt(*args, **kwargs) if cls is HRAModel else super().__new__(cls, *args, **kwargs)
-
-    @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Do not initialize a model again after `HRAModel(model, config)`, and connect `base_model` with the model."""
-
-        @functools.wraps(base.__init__)
-        def __init__(self: HRAModel, *args: Any, **kwargs: Any) -> None:
-            if RECORD not in vars(self):
-                base.__init__(self, *args, **kwargs)
-
-        own = getattr(base, "base_model", None)  # a property of transformers
-
-        def base_model(self: HRAModel) -> Any:
-            body: Any = own.fget(self) if isinstance(own, property) and own.fget else self._modules.get("base_model")
-            if isinstance(body, HRABody) and not torch.compiler.is_compiling():
-                _MODELS[body] = weakref.ref(self)
-            return self if body is None else body
-
-        return {"__init__": __init__, "base_model": property(base_model)}
+        if cls is HRAModel:
+            return as_hra_model(adapt(HRAModel, *args, **kwargs))
+        return super().__new__(cls, *args, **kwargs)
 
     # Functions whose first argument is the model.
     get_nb_trainable_parameters = trainable.count_parameters
@@ -196,57 +161,15 @@ class HRAModel(SwapMixin):
         return as_hra_model(load_adapter(model, *args, **kwargs))
 
 
-class HRABody(SwapMixin):
-    """The body of an `HRAModel` of transformers. The public attributes of `HRAModel` are those of the model."""
+class _BaseModel(BaseModel):
+    """`base_model` of an `HRAModel`."""
 
-    _hra_priority = 2
-
-    @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Replace the attributes, also those that transformers has for models of PEFT."""
-        names = (name for name in vars(HRAModel) if not name.startswith("_") and name != "from_pretrained")
-        return {name: OfModel(name) for name in names if name not in vars(cls)}
-
-    def get_base_model(self) -> Any:
-        """The model whose `base_model` was read last."""
-        model = _MODELS[self]() if self in _MODELS else None
-        if model is None:
-            raise AdapterError(
-                f"{type(self).__name__} is a submodule of a transformed model. Call this method of the model."
-            )
-        return model
+    methods = HRAModel
 
 
 def as_hra_model(model: nn.Module) -> nn.Module:
     """Add the methods of `HRAModel` to a transformed model. Call `refuse_hidden_names` before."""
-    if not isinstance(model, HRAModel):
-        in_class = hasattr(type(model), "base_model")
-        swap(model, HRAModel)
-        body: Any = model.base_model
-        if in_class and isinstance(body, nn.Module) and body is not model:
-            swap(body, HRABody)
-    return model
-
-
-def _adapt(
-    model: nn.Module,
-    config: HRAConfig | None = None,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    *,
-    peft_config: HRAConfig | None = None,
-    autocast_adapter_dtype: bool = True,
-) -> nn.Module:
-    """`HRAModel(...)`, with the arguments of PEFT's `HRAModel` and `PeftModel`."""
-    if isinstance(model, fx.GraphModule):
-        raise AdapterError(
-            f"PEFT's methods cannot be added to a captured graph ({type(model).__name__}). Call "
-            "hra_fx.transform(model, config), which returns a model of the same type."
-        )
-    if isinstance(model, nn.Module):
-        refuse_hidden_names(model, HRAModel)
-    given: Any = peft_config if config is None else config
-    return as_hra_model(transform(model, given, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
+    return add_methods(model, HRAModel, _BaseModel)
 
 
 #: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.

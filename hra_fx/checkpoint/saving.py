@@ -31,9 +31,9 @@ from hra_fx.functional.chain import GRAM_SCHMIDT, KEPT, chain_of, vectors_of
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
-from hra_fx.model.state import AdapterState, adapted_layers, name_in, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, layers_with, name_in, names_in, root_of
 from hra_fx.model.whole import check_whole
-from hra_fx.selection.select import resolve_targets, targeted
+from hra_fx.selection.select import resolve_targets
 
 #: Folder names of checkpoints of transformers' Trainer.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -192,17 +192,6 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     if is_scaled:  # plain reflections
         config = dataclasses.replace(config, apply_GS=False)
     return _inference_config(root, config), {key: tensor.detach() for key, tensor in tensors.items()}, row
-
-
-def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
-    """Paths of the layers with an adapter, which must be those in its configuration."""
-    sites, config = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u], record.configs[name]
-    if odd := sorted(targeted(root, config).keys() ^ set(sites)):
-        raise AdapterError(
-            f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
-            "folded or replaced after transform. The saved file could not be loaded. Fold the whole model instead."
-        )
-    return sites
 
 
 def _inference_config(root: nn.Module, config: HRAConfig) -> HRAConfig:

@@ -6,7 +6,7 @@ from torch import nn
 
 from hra_fx.compat import loaded_class
 from hra_fx.errors import AdapterError, UnsupportedLayerError
-from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.class_swap import SwapMixin, original_class
 
 #: Packages with classes that have methods with the same names. The methods of `HRAModel` replace these.
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
@@ -42,13 +42,18 @@ def refuse_peft_layers(model: nn.Module) -> None:
         raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")
 
 
+def public_names(methods: type) -> set[str]:
+    """The public names that a mixin adds to the class of a module."""
+    return {name for name in {*dir(methods)} - {*dir(SwapMixin)} if not name.startswith("_")}
+
+
 def refuse_hidden_names(model: nn.Module, methods: type) -> None:
     """Raise an error if a model has PEFT layers, or attributes that the public names of `methods` would hide."""
     refuse_peft_layers(model)
     cls = original_class(model)
-    for name in vars(methods):
+    for name in sorted(public_names(methods)):
         home = next((f"{base.__module__}." for base in cls.__mro__ if name in vars(base)), "")
-        if not name.startswith("_") and hasattr(model, name) and not home.startswith(_REPLACED):
+        if hasattr(model, name) and not home.startswith(_REPLACED):
             raise AdapterError(
                 f"{name}: {cls.__name__} has an attribute of this name, which {methods.__name__} would hide. Rename "
                 "it, or use hra_fx.transform and the functions of hra_fx instead."

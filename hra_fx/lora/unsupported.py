@@ -16,14 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from hra_fx.checkpoint.saving import layers_with
 from hra_fx.compat import state_modules
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.readers import methods_of_forward
 from hra_fx.layers.target import REFLECTION, describe, find_kind, weight_name
-from hra_fx.model.state import AdapterState, adapted_layers
+from hra_fx.model.state import AdapterState, adapted_layers, layers_with
 from hra_fx.model.trainable import check_copies
 from hra_fx.model.whole import check_whole
 

@@ -23,7 +23,7 @@ from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies
-from hra_fx.model.state import get_state
+from hra_fx.model.state import check_not_replaced, get_state
 from hra_fx.removed import NAMES
 
 
@@ -57,6 +57,12 @@ class AdaptedModel(SwapMixin):
 
         method = inspect.getattr_static(base, "generate", None)
         return {"forward": forward} | ({"generate": _generation(method)} if inspect.isfunction(method) else {})
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode. For training, no adapted layer may have been replaced."""
+        if mode:
+            check_not_replaced(self)
+        return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename entries. This is called before the children load their entries."""

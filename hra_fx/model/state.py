@@ -19,6 +19,7 @@ from hra_fx.layers.classes import layer_class_for
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
 from hra_fx.layers.trained_copies import Copies
+from hra_fx.selection.select import targeted
 
 M = TypeVar("M")
 #: The attribute in which a transformed model stores its `AdapterState`.
@@ -81,6 +82,14 @@ def clear_state(model: nn.Module) -> None:
         model._modules.pop(FACTORS, None)
     else:
         vars(model).pop(RECORD, None)
+
+
+def check_not_replaced(model: nn.Module) -> None:
+    """Check before a training that no layer of a root was replaced, because its active adapters could not be saved."""
+    state = get_state(model)
+    if state is not None and not set(model.modules()).issuperset(state.layers):
+        for name in state.active:
+            layers_with(model, state, name)
 
 
 class AdaptedParts(NamedTuple):
@@ -172,6 +181,18 @@ def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Path -> layer, for every adapted layer in `model`; a shared layer occurs once."""
     return {path: module for path, module in state_modules(model) if is_adapted(module)}
+
+
+def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
+    """Paths of the layers with an adapter, which must be those in its configuration."""
+    sites, config = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u], record.configs[name]
+    if odd := sorted(targeted(root, config).keys() ^ set(sites)):
+        raise AdapterError(
+            f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
+            "folded or replaced after transform. Its file could not be loaded. Replace parts before transform, and "
+            "fold the whole model."
+        )
+    return sites
 
 
 def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

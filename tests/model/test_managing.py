@@ -309,3 +309,11 @@ def test_a_backward_pass_that_trains_no_adapter(state: str, saved: dict[str, Any
     start(model)
     (output + model(X)).sum().backward()
     assert (model.first.hra_u["a"].grad != 0).any()
+
+
+def test_a_layer_that_was_replaced_is_noticed_before_the_training() -> None:
+    plain, model = adapted(net(), a=config("first", "second"))
+    model.second, model.training = plain.second, True
+    with refuses(model, r"^adapter 'a': second does not match .* Replace parts before transform"):
+        model.train()
+    model.eval()(X)
