@@ -7,7 +7,7 @@ attention and experts do. The input of a quantized layer, or of a `Conv1D` of tr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from hra_fx.layers.linear import LinearAdapters
 from hra_fx.layers.sharding import full_tensor, is_sharded, reshard
 from hra_fx.training.without_adapters import without_adapters
 
+T = TypeVar("T")
 #: The number of patches of an image that are added to a sketch at once.
 _PATCHES = 4096
 #: Names of matrix products -> whether they take a weight `(in, out)`.
@@ -57,7 +58,8 @@ def sketches_of(
         raise AdapterError(f"`samples` is empty{where}. Pass what the model takes, for example a DataLoader.")
     if len(counts) > 1:
         collector.merge_processes(len(counts), device)
-    return {path: sketch for path, sketch in collector.sketches.items() if bool(sketch.energy != 0)}
+    unknown = set().union(*_in_all_processes({collector.paths[layer] for layer in collector.unknown}))
+    return {path: one for path, one in collector.sketches.items() if path not in unknown and bool(one.energy != 0)}
 
 
 def _in_step(model: nn.Module, calls: Iterable[Call], collector: _Collector) -> Iterator[Call]:
@@ -74,7 +76,7 @@ def _in_step(model: nn.Module, calls: Iterable[Call], collector: _Collector) -> 
         yield own[number % len(own)]
 
 
-def _in_all_processes(value: int) -> list[int]:
+def _in_all_processes(value: T) -> list[T]:
     """The values of all processes, in their order."""
     if not distributed.is_available() or not distributed.is_initialized():
         return [value]
@@ -91,6 +93,8 @@ class _Collector(TorchFunctionMode):
     Attributes:
         sketches: path -> the sketch of the inputs of a layer.
         called: the layers whose inputs are the arguments of their calls.
+        running: those of them that run now.
+        unknown: layers whose weight is used in a way that is not known, so that its other factors are not either.
         is_on: whether inputs are collected.
     """
 
@@ -100,11 +104,14 @@ class _Collector(TorchFunctionMode):
         self.directions = directions
         self.sketches: dict[str, Sketch] = {}
         self.called = [layer for layer in self.paths if _is_called(layer)]
+        self.running: list[AdaptedLayer] = []
+        self.unknown: set[AdaptedLayer] = set()
         self.is_on = True
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Any:
         self.hooks = [layer.register_forward_hook(self._call, with_kwargs=True) for layer in self.called]
+        self.hooks += [layer.register_forward_pre_hook(self._start) for layer in self.called]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
@@ -112,8 +119,12 @@ class _Collector(TorchFunctionMode):
         for hook in self.hooks:
             hook.remove()
 
+    def _start(self, layer: Any, _: Any) -> None:
+        self.running.append(layer)
+
     def _call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         """Add the input of a call. After the call, because an input that the layer rejects is the model's error."""
+        self.running.pop()
         self.add(layer, (*args, *kwargs.values())[0])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -121,20 +132,32 @@ class _Collector(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         made = func(*args, **kwargs)
-        if name == "__getitem__" and args[0].dim() == 3 and made.dim() == 2:
-            if (layer := self._layer_of(args[0])) is not None:
-                made.hra_expert = layer, int(args[1])
-        elif name in _PRODUCTS:
-            x, weight = (*args, *kwargs.values())[:2]
-            layer, expert = getattr(weight, "hra_expert", None) or (self._layer_of(weight), None)
-            if layer in self.paths and layer not in self.called and layer.hra_u.fan_in_fan_out is _PRODUCTS[name]:
-                of_all = weight.dim() == 3  # a product for each expert
-                for place, rows in enumerate(x if of_all else [x]):
-                    self.add(layer, rows, place if of_all else expert)
-        elif name in _CONVOLUTIONS and (layer := self._layer_of((*args, *kwargs.values())[1])) is not None:
+        used = [use for use in map(self._use_of, pytree.tree_leaves((args, kwargs))) if use is not None]
+        # Such as a dtype, or what accelerate does with weights that it offloads.
+        if not used or all(leaf.is_meta for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)):
+            return made
+        layer, expert = used[0]
+        x, weight = (*args, *kwargs.values(), None)[:2]
+        is_last = len(used) == 1 and self._use_of(weight) is not None and layer not in self.called
+        if name == "__getitem__" and expert is None and args[0].dim() == 3 and made.dim() == 2:
+            made.hra_expert = layer, int(args[1])
+        elif name in _PRODUCTS and is_last and layer.hra_u.fan_in_fan_out is _PRODUCTS[name]:
+            of_all = weight.dim() == 3  # a product for each expert
+            for place, rows in enumerate(x if of_all else [x]):
+                self.add(layer, rows, place if of_all else expert)
+        elif name in _CONVOLUTIONS and is_last:
             for rows in _patches(func, *args, **kwargs):
                 self.add(layer, rows)
+        else:
+            self.unknown |= {layer for layer, _ in used} - {*self.running}
         return made
+
+    def _use_of(self, leaf: Any) -> tuple[Any, int | None] | None:
+        """The layer whose weight an argument is, and its expert, if it is the weight of one."""
+        if not isinstance(leaf, Tensor):
+            return None
+        layer = self._layer_of(leaf)
+        return getattr(leaf, "hra_expert", None) if layer is None else (layer, None)
 
     def _attention(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Add the inputs of both weights of `nn.MultiheadAttention`: the second one is the output without it."""

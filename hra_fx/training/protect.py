@@ -102,7 +102,8 @@ def protect(
             left out; or `previous` does not fit. The model is unchanged.
 
     Warns:
-        HRAWarning: no sample reached some layers, or other modules use their weights in a way that is not known.
+        HRAWarning: some layers are not protected, because no sample reached them, or because the model also uses their
+            weights in a way that is not known, such as transposed.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -123,8 +124,8 @@ def protect(
         raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
     if unseen := [path for path in layers if path not in found]:
         text = (
-            "protect: `samples` do not protect these layers, because no sample reached them, or because another module "
-            f"uses their weights in a way that is not known: {some_of(unseen)}."
+            "protect: `samples` do not protect these layers, because no sample reached them, or because the model also "
+            f"uses their weights in a way that is not known, such as transposed: {some_of(unseen)}."
         )
         warnings.warn(text, HRAWarning, stacklevel=4)  # of the caller: there are two decorators
     new = {path: sketch.basis(directions, earlier.get(path)) for path, sketch in found.items()}

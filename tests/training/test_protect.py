@@ -18,6 +18,7 @@ from moe_models import built
 from oracles import dense_q, relative_error
 from tiny import bert, gpt2, llama
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.errors import AdapterError, ConfigError
@@ -230,6 +231,38 @@ def test_the_directions_are_those_with_the_most_of_the_inputs_and_the_report_sho
     other = adapted(base, target_modules="all-linear")
     other.load_state_dict(model.state_dict())
     assert all(row.held is None and row.moved is not None and row.moved < 1e-5 for row in hra_fx.report(other))
+
+
+OTHER_USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "transposed": lambda layer, x: x @ layer.weight.T,
+    "an autoencoder": lambda layer, x: nn.functional.linear(torch.tanh(layer(x)), layer.weight.t()),
+    "einsum": lambda layer, x: torch.einsum("nd,od->no", x, layer.weight),
+    "some rows": lambda layer, x: nn.functional.linear(x, layer.weight[:4]).repeat(1, 2),
+    "parts": lambda layer, x: sum(nn.functional.linear(x, part) for part in layer.weight.chunk(2)).repeat(1, 2),  # type: ignore[attr-defined]
+    "without a product": lambda layer, x: x * layer.weight.norm(),
+}
+
+
+@pytest.mark.parametrize("use", OTHER_USES.values(), ids=OTHER_USES)
+@pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
+def test_a_layer_whose_weight_is_also_used_in_an_unknown_way_is_not_reported_as_protected(
+    use: Any, conv1d: bool
+) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Conv1D(8, 8) if conv1d else nn.Linear(8, 8)
+            self.other = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.to(self.layer.weight.dtype)  # which is no product
+            return self.other(x) + self.layer(torch.ones_like(x)) + use(self.layer, x)
+
+    model = adapted(Both(), "layer", "other")
+    with pytest.warns(hra_fx.HRAWarning, match=r"not protect these layers, .* such as transposed: layer\."):
+        found = hra_fx.protect(model, [torch.randn(2, 8)], 4)
+    assert found.directions.keys() == found.shares.keys() == {"other"}
+    assert {row.path: row.held is None for row in hra_fx.report(model)} == {"layer": True, "other": False}
 
 
 # ---- what is refused, with the model unchanged ----
