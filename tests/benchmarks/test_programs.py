@@ -60,7 +60,7 @@ def test_host_time_is_that_of_few_functions_of_hra_fx() -> None:
     assert inside <= 4, "in each layer"
     assert outside < 3, "in the batch, for each layer"
     calls, files = host.calls_and_files()
-    assert calls <= 28 and files <= 7
+    assert calls <= 30 and files <= 8
     transformed, loaded = host.walks_of_transform_and_load()
     assert transformed <= 3 and loaded <= 4
 

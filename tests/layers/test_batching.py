@@ -96,6 +96,13 @@ def test_another_dtype_from_now_on() -> None:
         model.load_state_dict(model.state_dict())
 
 
+def test_a_state_of_another_dtype_that_replaces_the_tensors() -> None:
+    base, model = adapted(dtype=F32)
+    model(X.float())
+    model.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()}, assign=True)
+    assert_right(base.double(), model, model(X))
+
+
 def test_a_model_called_within_another_and_in_another_thread() -> None:
     (base, inner), (_, outer) = adapted(), adapted(r=2)
     results: list[Tensor] = []

@@ -101,6 +101,29 @@ def test_the_weight_is_one_plain_tensor_in_a_forward_but_not_without_gradients_o
     assert elsewhere is experts.up is experts.hra_up.hra_base  # no model runs there
 
 
+@pytest.mark.parametrize("change", ["in place", "a fused step", "a scale"])
+def test_a_change_in_a_forward_counts_from_then_on(change: str) -> None:
+    config = hra_fx.HRAConfig(r=2, target_parameters=["experts.up"], init_weights=False)
+    model: Any = hra_fx.transform(nn.ModuleDict({"experts": Experts()}), config)
+    vectors, base = model.experts.hra_up.hra_u["default"], model.experts.up.detach()
+
+    def use(own: Experts) -> tuple[Tensor, Tensor]:
+        first = own.up
+        if change == "a scale":
+            hra_fx.set_scale(model, "default", 0.0)
+        elif change == "in place":
+            with torch.no_grad():
+                vectors.add_(0.5)
+        else:  # it does not change the version of the vectors
+            first.square().mul(torch.arange(6)).sum().backward()
+            torch.optim.SGD([vectors], 0.1, fused=True).step()
+        return first, own.up
+
+    before, after = model.experts(use)
+    wanted = base if change == "a scale" else dense_experts(base, vectors, transposed=False)
+    assert relative_error(after, wanted) <= 1e-12 and relative_error(after, before) > 1e-3
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bits(autocast: bool) -> None:
     """For the backward, a forward keeps no copy of the weight in float32."""

@@ -140,6 +140,27 @@ def test_blocks_that_run_again_with_frozen_vectors(frozen: list[str]) -> None:
         assert vectors.grad is None or torch.equal(vectors.grad, wanted[path].grad)
 
 
+class Unmarked(nn.Module):
+    """The function in its checkpoint reads a weight, and no class names it."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.fc, self.reentrant = nn.Linear(6, 4), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(read_by_a_function, self.fc, x, use_reentrant=self.reentrant)
+        return found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_function_that_runs_again_in_the_backward_pass(reentrant: bool) -> None:
+    base, model = pair(lambda: Unmarked(reentrant), ["fc"])
+    (model(X.clone().requires_grad_()) * normal(3, 3, 4)).sum().backward()
+    vectors = model.fc.hra_u["default"]
+    (wanted,) = torch.autograd.grad((F.linear(X, dense(base.fc, model.fc)) * normal(3, 3, 4)).sum(), vectors)
+    assert_same(vectors.grad, wanted)
+
+
 def test_methods_and_parts_that_are_called_alone() -> None:
     base, model = pair(Blocks, PARTS)
     whole = run_dense(base, model, X)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from model.many import adapted, assert_close, config, net, normal, turn
@@ -78,3 +79,16 @@ def test_a_state_has_the_vectors_of_full_scale_and_a_file_those_of_the_current_s
     assert_close(loaded(x), output(plain, power(q, 0.2), x), 1e-8)
     loaded(x).sum().backward()
     assert loaded.first.hra_u["default"].grad.any()
+
+
+def test_a_file_of_a_scaled_gram_schmidt_adapter_has_plain_reflections(tmp_path: Path) -> None:
+    """Gram-Schmidt of their vectors would be another rotation."""
+    _, model = adapted(net(), a=config("first", r=4, apply_GS=True))
+    x = normal(4, 6)
+    full = model(x)
+    hra_fx.set_scale(model, "a", 0.3)
+    wanted = model(x)
+    hra_fx.save_adapter(model, tmp_path)
+    assert_close(hra_fx.load_adapter(net(), tmp_path)(x), wanted, 1e-8)
+    assert_close(peft.PeftModel.from_pretrained(net(), str(tmp_path))(x), wanted, 1e-8)
+    assert not torch.allclose(wanted, full, atol=1e-2)
