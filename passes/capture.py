@@ -7,7 +7,6 @@ mode. Otherwise, the graph is created from one capture in each mode.
 from __future__ import annotations
 
 import inspect
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -76,11 +75,9 @@ def _check_parts(model: nn.Module) -> None:
 
 def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, attach: Attach | None) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
-    captured = in_eval = _canonical(model, example, shapes, training=False)
-    made = _module_of(model, in_eval)
-    if not _does_the_same_in_train_mode(model, made, example):
-        captured = _canonical(model, example, shapes, training=True)
-        made = _module_of(model, captured, in_eval)
+    # Also where both modes do the same for the example: each has its own conditions.
+    in_eval, captured = (_canonical(model, example, shapes, training=training) for training in (False, True))
+    made = _module_of(model, captured, in_eval)
     checks: Any = made.get_submodule(CHECKS)
     limits = compare(model, made, example, captured.sizes, attach)
     for part in made.children():
@@ -90,13 +87,6 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, attach: 
     if example is not call:
         compare_call(model, made, call)
     return made
-
-
-def _does_the_same_in_train_mode(model: nn.Module, made: fx.GraphModule, call: Call) -> bool:
-    with suppress(CaptureError):
-        compare_call(model, made, call, training=True)
-        return True
-    return False
 
 
 def _canonical(model: nn.Module, call: Call, shapes: Any, *, training: bool) -> Canonical:

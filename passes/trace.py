@@ -26,6 +26,11 @@ from hra_fx.passes.graph import graph_module
 from hra_fx.passes.modes import merge_modes
 from hra_fx.passes.observed import attributes, changed_attribute, random_states
 
+
+class TextError(CaptureError):
+    """The model makes text of a value. In a capture of `torch.export`, too, it would be the name of a symbol."""
+
+
 #: Device types with autocast.
 _DEVICES = ("cpu", "cuda")
 
@@ -63,7 +68,7 @@ def trace(
         try:
             return trace_by_fx(model, layers, call, attach, only=only)
         except CaptureError as error:
-            if call and isinstance(error, ExampleError):
+            if isinstance(error, TextError) or (call and isinstance(error, ExampleError)):
                 raise _refusal(model, error) from error
             reason = f"torch.fx cannot trace {type(model).__name__}: {error.reason}. "
     call = call if only else call or example_call(model)
@@ -173,6 +178,31 @@ def _autocast(*, enabled: bool) -> Iterator[None]:
             torch.set_autocast_enabled(device, own)
 
 
+class ValueProxy(fx.Proxy):
+    """A value of a trace, which cannot be a key or text: that would be the name of its node, as in `layers[str(size)]`.
+
+    In an f-string it is this name, because models write error messages so.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        """An attribute, such as `x.shape`."""
+        return AttributeProxy(self, k)
+
+    def __str__(self) -> str:
+        """Raise an error for text."""
+        raise TextError("it makes text of a value or a size (str), such as a key of a ModuleDict")
+
+    def __format__(self, spec: str) -> str:
+        """The name in an f-string."""
+        return repr(self)
+
+
+class AttributeProxy(ValueProxy, fx.proxy.Attribute):
+    """An attribute of a value, which may be a method."""
+
+
 class ModelTracer(fx.Tracer):
     """Traces one module into a graph of calls to modules and operators.
 
@@ -187,6 +217,10 @@ class ModelTracer(fx.Tracer):
         """Prepare for one trace. The modules in `keep` stay calls; `autocast` is whether it is enabled outside."""
         super().__init__()
         self._keep, self._autocast = keep, autocast
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Create the value of a node."""
+        return ValueProxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Raise an error for a branch on a value."""

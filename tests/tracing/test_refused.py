@@ -149,7 +149,7 @@ TRACES: dict[str, tuple[type[nn.Module], str]] = {
         middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden, Two),
         "its output 0 differs for",
     ),
-    "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0]), Two), "not 'Proxy'"),
+    "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0]), Two), "not 'ValueProxy'"),
     "tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0), Two), "it creates a tensor in Python"),
     "attribute": (middle(counted, Two), "its forward changes calls"),
     "hooks": (Hooked, "first: it has hooks"),

@@ -143,6 +143,11 @@ class Meter:
         return self.calls
 
 
+def limited(self: Any, x: Tensor) -> Any:
+    h = self.a(x)
+    return self.b(h[:, :10] if self.training and x.shape[1] > 10 else h)
+
+
 def frozen(part: str, graph: Any, *inputs: Any) -> Any:
     graph.train().get_submodule(part).eval()
     return graph(*inputs)
@@ -191,6 +196,9 @@ CASES = {
     "flag of a layer": Case(model(twice_dropped, drop=nn.Dropout(0.5)), X, ONE_MODE, run=partial(frozen, "drop")),
     "parameters in train mode": Case(model(in_train(lambda self: len([*self.parameters()]))), X, ADAPTED),
     "class in train mode": Case(model(in_train(lambda self: 1 + (type(self.a) is nn.Linear))), X, ADAPTED),
+    "size in a set": Case(model(lambda self, x: self.b(self.a(x) * (2 if x.shape[1] in {4, 16} else 1))),
+                          torch.ones(2, 7, 6), r"x\.size\(\)\[1\] == 7", (torch.ones(2, 4, 6),)),
+    "size in train mode": Case(model(limited), torch.ones(2, 7, 6), r"x\.size\(\)\[1\] <= 10", (torch.ones(2, 14, 6),)),
     "parameters": Case(model(penalized), X, ADAPTED),
     "requires_grad": Case(model(between(lambda self, h: h if self.a.bias.requires_grad else h.relu())), X, ADAPTED),
     "class": Case(model(between(lambda self, h: h * (2 if type(self.a) is nn.Linear else 1))), X, ADAPTED),
@@ -199,7 +207,7 @@ CASES = {
     "autocast": Case(model(between(lambda self, h: h * (1.1 if torch.is_autocast_enabled("cpu") else 1.0))), X,
                      "not torch.is_autocast_enabled", run=cast),
     "text": Case(model(lambda self, x, y: self.b(self.a(x).relu() if str(x[0, 0]) == str(y[0, 0]) else self.a(x))),
-                 (X, X.clone()), "differs for other values"),
+                 (X, X.clone()), "it makes text of a value or a size"),
     "defaultdict": Case(model(lambda self, x: collections.defaultdict(list, y=self.b(self.a(cut(x))))), X,
                         "it returns a defaultdict"),
     "integer keys": Case(model(lambda self, x: collections.OrderedDict({0: self.b(self.a(cut(x)))})), X,
