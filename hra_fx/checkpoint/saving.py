@@ -167,6 +167,8 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     config, sites, layers = record.configs[name], layers_with(root, record, name), adapted_layers(root)
     entries = [vectors_entry(path, name) for path in sites]
     entries += [kept_entry(path, name) for path in sites if layers[path].hra_u.kept(name) is not None]
+    for path in sites:
+        layers[path].hra_u.check_parameter(name)
     if missing := [entry for entry in entries if entry not in state]:
         raise AdapterError(
             f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With transformers' Trainer "

@@ -61,7 +61,7 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
     if not apply_GS:
         return
     # `U = V R`: a small entry of the diagonal of `R` is a column in the span of the columns before it.
-    wide = vectors.detach().to(widest_dtype(vectors.device))
+    wide = normalize(vectors.detach().to(widest_dtype(vectors.device)))
     diagonal = torch.linalg.qr(wide, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
     if bool((diagonal.amin(-1) <= 8 * torch.finfo(vectors.dtype).eps * diagonal.amax(-1)).any()):
         raise FoldError(

@@ -160,7 +160,8 @@ def _tensor_gradients(ctx: Any, gradient: Tensor) -> list[Tensor | None]:
         kept = torch.stack(tensors[start : start + layers]) if form & KEPT else None
         start += layers * bool(form & KEPT)
         rank = 2 * trained[0].shape[-2] if form & PAIRS else trained[0].shape[-1]
-        own, gradient = gradient[..., :rank], gradient[..., rank:]
+        # Not by slices, which cannot be batched (`is_grads_batched`).
+        own, gradient = torch.split(gradient, [rank, gradient.shape[-1] - rank], -1)
         basis = torch.stack(trained) if form & GRAM_SCHMIDT else None
         found += gradient_of(form, own, basis, kept).to(trained[0].dtype).unbind()
         found += [None] * layers * bool(form & KEPT)

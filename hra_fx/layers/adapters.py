@@ -7,7 +7,7 @@ The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functio
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -117,7 +117,9 @@ class HouseholderAdapters(nn.ParameterDict):
         if factors is None:
             return weight
         rows, down = factors
-        with householder.without_autocast(weight):
+        # Experts compute it once in a forward, but for each expert in a checkpointed part that runs again.
+        hidden = hidden_from_checkpoint() if self.kind == "experts" else nullcontext()
+        with householder.without_autocast(weight), hidden:
             matrix = self.rows(weight)
             add = torch.baddbmm if matrix.dim() == 3 else torch.addmm
             rotated = add(matrix, matrix @ rows.mT, down)
@@ -136,9 +138,8 @@ class HouseholderAdapters(nn.ParameterDict):
             )
         if self.kind == "experts":
             tensors = [expert for tensor in tensors for expert in tensor.unbind()]
-        # A checkpointed block uses the factors of a batch first, and computes its own when it runs again in the
-        # backward. It must not save more tensors then, so what this computation saves is hidden from checkpoint.
-        with saved_tensors_hooks(lambda saved: saved, lambda saved: saved) if is_plain_eager() else nullcontext():
+        # A checkpointed block uses the factors of a batch first, and computes its own when it runs again.
+        with hidden_from_checkpoint():
             found = batched_factors(tensors, [form for form, _ in parts], dtype)
         if self.kind != "experts":
             return found[0]
@@ -326,9 +327,18 @@ class HouseholderAdapters(nn.ParameterDict):
                 continue
             # A replica of DataParallel has attributes instead of parameters.
             held = parameters if name in parameters else self.__dict__
+            self.check_parameter(name)
             kept = [(buffers, name + KEPT)] if self.kept(name) is not None else []
             found.append((self.form(name), [(held, name), *kept]))
         return found
+
+    def check_parameter(self, name: str) -> None:
+        """Raise an error if another tool computes the vectors of an adapter."""
+        if name not in self._parameters and (f"{name}_orig" in self._parameters or "parametrizations" in self._modules):
+            raise AdapterError(
+                f"{self.layer_path}: the vectors of {name!r} are no longer a parameter, because pruning or a "
+                "parametrization was applied to them. Undo that first (prune.remove, remove_parametrizations)."
+            )
 
     def device_of(self, layer: nn.Module) -> torch.device:
         """The device on which the layer computes: the device of its base weight, which may be offloaded."""
@@ -352,6 +362,11 @@ class HouseholderAdapters(nn.ParameterDict):
     def rows(self, weight: Tensor) -> Tensor:
         """Reshape the weight, or a tensor of its shape, to the matrix `(out, d)` of the layer or of each expert."""
         return as_rows(weight, transposed=self.fan_in_fan_out, batched=self.kind == "experts")
+
+
+def hidden_from_checkpoint() -> AbstractContextManager[object]:
+    """Hide what is saved from activation checkpointing, whose second run must not save more tensors than the first."""
+    return saved_tensors_hooks(lambda saved: saved, lambda saved: saved) if is_plain_eager() else nullcontext()
 
 
 def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:

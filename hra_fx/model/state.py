@@ -189,8 +189,8 @@ def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
     if odd := sorted(targeted(root, config).keys() ^ set(sites)):
         raise AdapterError(
             f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
-            "folded or replaced after transform. Its file could not be loaded. Replace parts before transform, and "
-            "fold the whole model."
+            "folded or replaced after transform. Its file could not be loaded. Replace parts before transform, fold "
+            "the whole model, and compile a part in place (part.compile())."
         )
     return sites
 

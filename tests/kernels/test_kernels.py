@@ -70,11 +70,15 @@ def test_second_derivatives_and_transforms() -> None:
     vectors = leaf(1, 2, 5, 3)
     assert torch.autograd.gradcheck(q_of, (vectors,))
     assert torch.autograd.gradgradcheck(q_of, (vectors,))
+    upstream = normal(4, 3, 2, 5, 5)
+    (batched,) = torch.autograd.grad(q_of(vectors), vectors, upstream, is_grads_batched=True)
+    each = [torch.autograd.grad(q_of(vectors), vectors, one)[0] for one in upstream]
+    assert relative_error(batched, torch.stack(each)) < 1e-12
     one, tangent = normal(2, 5, 3), normal(3, 5, 3)
-    each = torch.func.jacfwd(q_of)(one)
+    columns = torch.func.jacfwd(q_of)(one)
     with forward_ad.dual_level():
         pushed = forward_ad.unpack_dual(q_of(forward_ad.make_dual(one, tangent))).tangent
-    assert relative_error(pushed, (each * tangent).sum((-1, -2))) < 1e-12
+    assert relative_error(pushed, (columns * tangent).sum((-1, -2))) < 1e-12
     step = 1e-6
     moved = (dense_q(one + step * tangent) - dense_q(one - step * tangent)) / (2 * step)
     assert relative_error(pushed, moved) < 1e-8

@@ -15,6 +15,7 @@ from moe_models import NAMES, TARGETS, built, call_of, dense_experts
 from one_layer import F32, F64
 from oracles import relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hra_fx
 
@@ -83,6 +84,20 @@ def test_a_forward_that_reads_the_weight_of_each_expert(compiled: bool) -> None:
     assert relative_error(actual, wanted) <= 1e-12
     actual.sum().backward()
     wanted.sum().backward()
+    assert relative_error(experts.hra_up.hra_u["default"].grad, leaf.grad) <= 1e-9
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_for_each_expert(reentrant: bool) -> None:
+    experts, leaf, dense = adapted()
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+
+    def forward(own: Experts) -> Any:
+        parts = (lambda y, i=i: F.linear(y, own.up[i]).tanh() for i in range(4))
+        return sum(checkpoint(part, x, use_reentrant=reentrant).sum() for part in parts)
+
+    experts(forward).backward()
+    torch.tanh(x.detach() @ dense.mT).sum().backward()
     assert relative_error(experts.hra_up.hra_u["default"].grad, leaf.grad) <= 1e-9
 
 

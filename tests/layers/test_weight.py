@@ -27,7 +27,7 @@ from layers.reading_weights import (
 )
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -311,6 +311,15 @@ def test_weights_that_another_tool_computes() -> None:
         hra_fx.AdapterError, match=r"weight_norm, pruning or similar was applied after hra_fx\.transform"
     ):
         parametrizations.weight_norm(layer)(X)
+    for spoil in (
+        lambda adapters: prune.l1_unstructured(adapters, "default", 0.5),
+        lambda adapters: parametrize.register_parametrization(adapters, "default", nn.Identity()),
+    ):
+        _, model = functional()
+        spoil(model.read.hra_u)
+        for act in (lambda model: model(X), hra_fx.get_peft_model_state_dict):
+            with pytest.raises(hra_fx.HRAError, match=r"^read: the vectors of 'default' are no longer a parameter"):
+                act(model)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
