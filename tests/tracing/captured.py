@@ -109,11 +109,15 @@ class Pair:
         act(self.eager)
         act(self.graph)
 
-    def check(self) -> None:
-        """Outputs, gradients and buffers are equal, for other sizes, in both modes."""
+    def check(self, *, trained: bool = True) -> None:
+        """Outputs, gradients and buffers are equal, for other sizes, in both modes.
+
+        Adapters that are not `trained` (merged, disabled or scaled) have no gradients.
+        """
         for training in (True, False):
             for inputs in self.inputs:
-                wanted, found = (run(model.train(training), inputs) for model in (self.eager, self.graph))
+                with torch.set_grad_enabled(trained):
+                    wanted, found = (run(model.train(training), inputs) for model in (self.eager, self.graph))
                 assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
                 for name, value in wanted.items():
                     torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10)

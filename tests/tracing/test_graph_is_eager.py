@@ -69,14 +69,15 @@ def switched(pair: Pair, folder: Path) -> None:
     pair.check()
     pair.both(lambda model: hra_fx.set_scale(model, "second", 0.5))
     with hra_fx.disable_adapters(pair.eager), hra_fx.disable_adapters(pair.graph):
-        pair.check()
-    pair.check()
+        pair.check(trained=False)
+    pair.check(trained=False)
+    pair.both(lambda model: hra_fx.set_scale(model, "second", 1.0))
     pair.both(lambda model: hra_fx.set_adapter(model, "second"))
 
 
 def merged(pair: Pair, folder: Path) -> None:
     pair.both(hra_fx.merge_adapter)
-    pair.check()
+    pair.check(trained=False)
     pair.both(hra_fx.unmerge_adapter)
 
 
