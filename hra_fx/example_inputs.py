@@ -116,10 +116,10 @@ _EXAMPLES: dict[str, Callable[[Any], Tensor]] = {
 def clone_inputs(call: Call) -> Call:
     """Copy the tensors and other objects (a cache) of a call, because a forward may write into them.
 
-    An object that is passed twice stays one: a forward may ask whether `query is key`.
+    An object that is passed twice stays one: a forward may ask whether `query is key`. Tensors keep their layout.
     """
-    tensors = {id(value): value.detach().clone() for value in pytree.tree_leaves(call) if isinstance(value, Tensor)}
-    return copy.deepcopy(call, tensors)
+    tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
+    return copy.deepcopy(call, {id(value): copy.deepcopy(value.detach()) for value in tensors})
 
 
 def separated_inputs(call: Call) -> Call:

@@ -19,7 +19,7 @@ from hra_fx.passes.canonical import CHECKS, Canonical, canonical
 from hra_fx.passes.compare import Attach, compare, compare_call
 from hra_fx.passes.exported import LOCK, examples_with_shapes, export_call, is_leaf, without_caches
 from hra_fx.passes.graph import graph_module
-from hra_fx.passes.inputs import InputChecks, limit_conditions
+from hra_fx.passes.inputs import InputChecks, limit_conditions, place_of
 from hra_fx.passes.modes import ByMode, merge_modes
 
 
@@ -99,6 +99,6 @@ def _module_of(model: nn.Module, captured: Canonical, in_eval: Canonical | None 
     other = in_eval or captured
     both = other.constants | captured.constants
     constants = {name: ByMode(value, other.constants.get(name, value)) for name, value in both.items()}
-    names = [str(node.target) for node in captured.inputs.arguments]
+    names = [place_of(str(node.target)) for node in captured.inputs.arguments]
     checks = InputChecks(names, [*captured.conditions, *other.conditions])
     return graph_module(model, captured.graph, {CHECKS: checks, **constants, **merged})

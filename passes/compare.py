@@ -35,11 +35,13 @@ from hra_fx.passes.observed import attributes, changed_attribute, difference, ob
 from hra_fx.passes.other_calls import (
     Sizes,
     equal_sizes,
-    not_contiguous,
     of_other_kinds,
+    of_other_layouts,
     of_other_sizes,
     of_size_one,
+    reversed_keys,
     with_one_object,
+    with_other_order,
     with_other_values,
 )
 
@@ -57,13 +59,15 @@ class Limits:
 
     Attributes:
         not_one: sets of indices of sizes that must not all be 1.
-        contiguous: whether its inputs must be contiguous.
+        layouts: conditions on how its inputs lie in memory.
+        ordered: whether the keys of dictionaries must have their order.
         autocast: whether it is right under autocast.
         one_mode: whether all its parts must have the same mode, also those that it calls.
     """
 
     not_one: list[frozenset[int]] = field(default_factory=list)
-    contiguous: bool = False
+    layouts: list[str] = field(default_factory=list)
+    ordered: bool = False
     autocast: bool = True
     one_mode: bool = False
 
@@ -178,22 +182,26 @@ class _Comparison:
         """Compare in both modes."""
         limits, self._has_limits = Limits(), sizes is not None
         sizes = equal_sizes(call) if sizes is None else sizes
+        device = next((value.device for value in self._model.parameters()), torch.device("cpu"))
         for training in (False, True):
             self.set_mode(training)
             other = self._compare_two_calls(call)
             self._compare_size_one(other, sizes, limits, training=training)
             for variant in with_one_object(call):
                 self.compare(variant, "one tensor as several inputs", may_fail=True)
+            limits.ordered |= self._is_right(with_other_order(call), "keys in another order") is False
+            self.compare((call[0], reversed_keys(call[1])), "keywords in another order", may_fail=True)
+            with torch.autocast(device.type, torch.bfloat16):
+                limits.autocast &= self._is_right([call], "the example under autocast") is not False
         limits.one_mode = self._reads_called_flags(call)
         self.set_mode(False)
         for variant in of_other_sizes(other, sizes):
             self.compare(variant, "an input of another size", may_fail=True)
         for variant in of_other_kinds(call) if not self._has_limits else ():
             self.compare(variant, "an input of another kind", may_fail=True)
-        limits.contiguous = self._is_right([not_contiguous(call)], "inputs of other strides") is False
-        device = next((value.device for value in self._model.parameters()), torch.device("cpu"))
-        with torch.autocast(device.type, torch.bfloat16):
-            limits.autocast = self._is_right([call], "the example under autocast") is not False
+        for layout, variant in of_other_layouts(call):
+            if self._is_right([variant], "inputs of another memory layout") is False:
+                limits.layouts.append(layout)
         with torch.inference_mode():  # the last call, because its tensors may stay in a cache
             self.compare(call, "the example in inference mode", may_fail=True)
         return limits

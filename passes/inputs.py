@@ -17,7 +17,7 @@ import ast
 import inspect
 import operator
 import re
-from collections import defaultdict
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,12 +51,14 @@ class Inputs(NamedTuple):
         flat: the nodes of the values in them.
         places: for each flat value, its Python expression, with the names of the arguments.
         conditions: those on the structure of the arguments, as expressions.
+        orders: those on the order of the keys of dictionaries.
     """
 
     arguments: list[fx.Node]
     flat: list[fx.Node]
     places: list[str]
     conditions: list[str]
+    orders: list[str]
 
 
 def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
@@ -66,7 +68,7 @@ def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
     names = argument_names(model, *pytree.tree_unflatten(range(spec.num_leaves), spec))
     specs = [argument for part in children_of(spec) for argument in children_of(part)]
     old = list(graph.find_nodes(op="placeholder"))
-    flat, made = iter(old), Inputs([], [], [], [])
+    flat, made = iter(old), Inputs([], [], [], [], [])
     start = old[-1].next if old else next(iter(graph.nodes))
     for name, default in _with_skipped(parameters, names):
         with graph.inserting_before(old[0] if old else start):
@@ -75,10 +77,11 @@ def nest(graph: fx.Graph, program: ExportedProgram, model: nn.Module) -> Inputs:
         if name not in names:
             if not isinstance(default, (bool, int, float, str, type(None))):
                 raise CaptureError(f"its argument {name!r} has a default that a graph cannot have. Pass it")
-            made.conditions.append(f"{name} is None" if default is None else f"{name} == {default!r}")
+            made.conditions.append(_equals(place_of(name), default))
             continue
         with graph.inserting_before(start):
-            for value, place in _leaves(graph, argument, specs[names.index(name)], name, made.conditions):
+            leaves = _leaves(graph, argument, specs[names.index(name)], place_of(name), made)
+            for value, place in leaves:
                 before = next(flat)
                 value.meta = dict(before.meta)
                 before.replace_all_uses_with(value)
@@ -107,21 +110,36 @@ def _with_skipped(parameters: Mapping[str, inspect.Parameter], names: Sequence[s
         yield name, (None if default is empty else default) if needs_default else empty
 
 
-def _leaves(
-    graph: fx.Graph, value: fx.Node, spec: Any, place: str, conditions: list[str]
-) -> Iterator[tuple[fx.Node, str]]:
+#: Names that conditions use.
+_OF_CONDITIONS = {"isinstance", "len", "list", "math", "repr", "set", "torch"}
+
+
+def place_of(name: str) -> str:
+    """The name of an argument in conditions, which does not hide a function that they call."""
+    return f"{name}_" if name in _OF_CONDITIONS else name
+
+
+def _equals(place: str, value: Any) -> str:
+    """The condition that a value is a constant, and of its type: `True == 1 == 1.0`."""
+    return f"{place} is None" if value is None else f"repr({place}) == {repr(value)!r}"
+
+
+def _leaves(graph: fx.Graph, value: fx.Node, spec: Any, place: str, inputs: Inputs) -> Iterator[tuple[fx.Node, str]]:
     """Create nodes for the values in an argument, each with its place; add the conditions on its containers."""
     if spec.is_leaf():
         yield value, place
         return
-    if spec.type not in (tuple, list, dict):
+    kind = {namedtuple: tuple, OrderedDict: dict}.get(spec.type, spec.type)
+    if kind not in (tuple, list, dict):
         raise CaptureError(f"its input {place!r} contains a {spec.type.__name__}, which a graph cannot unpack")
-    keys = spec.context if spec.type is dict else range(spec.num_children)
-    test = f"set({place}) == {set(keys)!r}" if keys and spec.type is dict else f"len({place}) == {len(keys)}"
-    conditions.append(f"isinstance({place}, {spec.type.__name__}) and {test}")
+    keys = spec.context if kind is dict else range(spec.num_children)
+    test = f"set({place}) == {set(keys)!r}" if keys and kind is dict else f"len({place}) == {len(keys)}"
+    inputs.conditions.append(f"isinstance({place}, {kind.__name__}) and {test}")
+    if kind is dict:
+        inputs.orders.append(f"list({place}) == {list(keys)!r}")
     for key, child in zip(keys, children_of(spec), strict=True):
         item = graph.call_function(operator.getitem, (value, key))
-        yield from _leaves(graph, item, child, f"{place}[{key!r}]", conditions)
+        yield from _leaves(graph, item, child, f"{place}[{key!r}]", inputs)
 
 
 def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
@@ -133,6 +151,10 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
         return spec.type(children)
     if spec.type is dict:
         return dict(zip(spec.context, children, strict=True))
+    if spec.type is namedtuple:  # the context is its class
+        made = graph.call_function(spec.context, tuple(children))
+        made.meta["is_wrapped"] = True
+        return made
     is_named = isinstance(spec.type, type) and issubclass(spec.type, dict) and spec.type is not defaultdict
     if not is_named or not all(isinstance(key, str) for key in spec.context):
         raise CaptureError(f"it returns a {spec.type.__name__}, which a graph cannot create")
@@ -197,16 +219,14 @@ def limit_conditions(inputs: Inputs, sizes: Sequence[Sequence[tuple[int, int]]],
         places = [sizes[which][0] for which in sorted(ones)]
         least = int(ones in limits.not_one)
         made.append(" or ".join(f"{inputs.places[index]}.size()[{dimension}] > {least}" for index, dimension in places))
-    if limits.contiguous:
-        tensors = [place for place, node in zip(inputs.places, inputs.flat, strict=True) if _is_tensor(node)]
-        made += [f"{place}.is_contiguous()" for place in tensors]
+    if limits.ordered:
+        made += inputs.orders
+    flat = zip(inputs.places, inputs.flat, strict=True)
+    tensors = [place for place, node in flat if isinstance(node.meta.get("val"), Tensor)]
+    made += [f"{place}.{layout}" for layout in limits.layouts for place in tensors]
     if not limits.autocast:
         made.append("not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')")
     return made
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
 
 
 def conditions_of(program: ExportedProgram, inputs: Inputs) -> list[str]:
@@ -215,7 +235,8 @@ def conditions_of(program: ExportedProgram, inputs: Inputs) -> list[str]:
     for guard in guards_of(program):  # expressions of L, a dictionary of the arguments
         text = guard.replace("\n", "")
         text = re.sub(r"L\['flat_args'\]\[(\d+)\]", lambda index: inputs.places[int(index[1])], text)
-        found.append(ast.unparse(ast.parse(re.sub(r"L\['(\w+)'\]", r"\1", text), mode="eval")))
+        text = re.sub(r"L\['(\w+)'\]", lambda name: place_of(name[1]), text)
+        found.append(ast.unparse(ast.parse(text, mode="eval")))
     return found
 
 
@@ -226,7 +247,7 @@ def _of_shapes(program: ExportedProgram, inputs: Inputs) -> Iterator[str]:
         value: Any = node.meta["val"]
         if not isinstance(value, Tensor):
             if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-                yield f"{place} == {value!r}" if value is not None else f"{place} is None"
+                yield _equals(place, value)
             continue
         yield f"isinstance({place}, torch.Tensor)"
         yield f"{place}.dim() == {value.dim()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -68,9 +69,29 @@ def with_one_object(call: Call) -> Iterator[Call]:
         yield _replaced(call, made)
 
 
-def not_contiguous(call: Call) -> Call:
-    """The call with other strides of all tensors."""
-    return _replaced(call, {index: x.mT.contiguous().mT for index, x in _tensors_of(call).items() if x.dim() > 1})
+def with_other_order(call: Call) -> Iterator[Call]:
+    """The call with the keys of its dictionaries in reverse order, if it has dictionaries."""
+    args, kwargs = call
+    if any(isinstance(value, dict) for value in (*args, *kwargs.values())):
+        yield tuple(map(reversed_keys, args)), {name: reversed_keys(value) for name, value in kwargs.items()}
+
+
+def reversed_keys(value: Any) -> Any:
+    """A dictionary with its keys in reverse order; any other value as it is."""
+    return type(value)(reversed(value.items())) if type(value) in (dict, OrderedDict) else value
+
+
+def of_other_layouts(call: Call) -> Iterator[tuple[str, Call]]:
+    """Calls with other layouts of all tensors, each with the condition that excludes it."""
+    tensors = _tensors_of(call)
+    strides = {index: x.mT.contiguous().mT for index, x in tensors.items() if x.dim() > 1}
+    images = {index: x.contiguous(memory_format=torch.channels_last) for index, x in tensors.items() if x.dim() == 4}
+    first = {index: x[:1].expand(x.shape) for index, x in tensors.items() if x.dim() > 1}
+    moved = {index: torch.stack([x, x])[1] for index, x in tensors.items()}
+    for made in (strides, images, first):
+        if made:
+            yield "is_contiguous()", _replaced(call, made)
+    yield "storage_offset() == 0", _replaced(call, moved)
 
 
 def equal_sizes(call: Call) -> Sizes:

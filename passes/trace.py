@@ -154,7 +154,10 @@ def _traced(model: nn.Module, layers: Collection[nn.Module], training: bool) -> 
         part.training = training
     before, random = attributes(twin), random_states()
     with torch.enable_grad(), _autocast(enabled=training):  # a block may enable or disable it
-        graph = ModelTracer(keep, autocast=training).trace(twin)
+        tracer = ModelTracer(keep, autocast=training)
+        graph = tracer.trace(twin)
+    if not all(read.is_recorded for read in tracer.dtypes):  # `is` does not record it
+        raise CaptureError("it reads the dtype of a value in Python, as in `x.dtype is torch.float32`")
     for node in graph.nodes:
         node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
     compile(graph.python_code("self").src, "graph", "exec")  # a layer may have the name of a keyword
@@ -188,7 +191,10 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, k: str) -> fx.proxy.Attribute:
         """An attribute, such as `x.shape`."""
-        return AttributeProxy(self, k)
+        made = AttributeProxy(self, k)
+        if k == "dtype" and isinstance(self.tracer, ModelTracer):
+            self.tracer.dtypes.append(made)
+        return made
 
     def __str__(self) -> str:
         """Raise an error for text."""
@@ -201,6 +207,14 @@ class ValueProxy(fx.Proxy):
 
 class AttributeProxy(ValueProxy, fx.proxy.Attribute):
     """An attribute of a value, which may be a method."""
+
+    is_recorded = False
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node that reads the attribute."""
+        self.is_recorded = True
+        return super().node
 
 
 class ModelTracer(fx.Tracer):
@@ -217,6 +231,7 @@ class ModelTracer(fx.Tracer):
         """Prepare for one trace. The modules in `keep` stay calls; `autocast` is whether it is enabled outside."""
         super().__init__()
         self._keep, self._autocast = keep, autocast
+        self.dtypes: list[AttributeProxy] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Create the value of a node."""

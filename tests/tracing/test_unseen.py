@@ -143,6 +143,15 @@ class Meter:
         return self.calls
 
 
+def in_order(self: Any, batch: dict[str, Tensor]) -> Any:
+    first, *others = [self.a(cut(value)) for value in batch.values()]
+    return self.b(first.relu() + sum(others))
+
+
+def of_dtype(self: Any, x: Tensor) -> Any:
+    return self.b(self.a(x.float()) * (2.0 if x.dtype is torch.float64 else 1.0))
+
+
 def limited(self: Any, x: Tensor) -> Any:
     h = self.a(x)
     return self.b(h[:, :10] if self.training and x.shape[1] > 10 else h)
@@ -183,7 +192,18 @@ CASES = {
                       r"x\.size\(\)\[0\] > 1 or x\.size\(\)\[1\] > 1", (torch.randn(1, 1, 6), torch.randn(1, 7, 6))),
     "mask": Case(model(masked), (X, X), r"mask\.dtype == torch\.float32", (X, X > 0)),
     "enum": Case(model(chosen), (X, Pool.CLS), "Pool"),
-    "flag": Case(model(chosen), (X, False), "value == False", (X, True)),
+    "flag": Case(model(chosen), (X, False), "repr.value. == 'False'", (X, True)),
+    "zero": Case(model(chosen), (X, False), "repr.value. == 'False'", (X, 0)),
+    "order of keys": Case(model(in_order), ({"p": X, "q": X + 1},), r"list\(batch\) == \['p', 'q'\]",
+                          ({"q": X + 1, "p": X},)),
+    "order of keywords": Case(model(lambda self, **batch: in_order(self, batch)), {"p": X, "q": X + 1},
+                              "differs for keywords in another order"),
+    "dtype": Case(model(of_dtype), X, r"x\.dtype == torch\.float32", (X.double(),)),
+    "offset": Case(model(lambda self, x: self.b(self.a(cut(x) * (2 if x.storage_offset() else 1)))), X,
+                   r"x\.storage_offset\(\) == 0", (torch.cat([X, X])[4:],)),
+    "autocast in train mode": Case(
+        model(in_train(lambda self: 1.1 if torch.is_autocast_enabled("cpu") else 1.0)), X, "not torch.is_autocast",
+        run=lambda graph, x: cast(graph.train(), x)),
     "number": Case(model(chosen), (X, torch.tensor(1.5)), r"isinstance\(value, torch\.Tensor\)", (X, 1.5)),
     "bytes": Case(model(lambda self, x: self.b(self.a(x.float() / 255 if x.dtype == torch.uint8 else x.float()))),
                   torch.randint(0, 9, (4, 6)), r"x\.dtype in \(torch\.int64", (X.to(torch.uint8),)),
