@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import operator
@@ -12,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -197,6 +199,35 @@ def tensor_versions(tensors: Sequence[Tensor]) -> list[int]:
 
 #: Functions over nested containers, as torch itself flattens them.
 pytree: Any = _pytree
+
+
+_dataclasses: set[type[Any]] = set()
+
+
+def know_dataclasses(value: Any) -> None:
+    """Let `pytree` flatten the dataclasses in a value, until `forget_dataclasses`."""
+    for leaf in _pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            kind = type(leaf)
+            if kind not in _pytree.SUPPORTED_NODES:
+                _pytree.register_pytree_node(kind, _fields, partial(_from_fields, kind))
+                _dataclasses.add(kind)
+            know_dataclasses(_fields(leaf)[0])
+
+
+def _fields(value: Any) -> tuple[list[Any], list[str]]:
+    names = [field.name for field in dataclasses.fields(value)]
+    return [getattr(value, name) for name in names], names
+
+
+def _from_fields(kind: type[Any], values: Iterable[Any], names: Sequence[str]) -> Any:
+    return kind(**dict(zip(names, values, strict=True)))
+
+
+def forget_dataclasses() -> None:
+    """End `know_dataclasses`: classes of users are not registered for the whole process."""
+    while _dataclasses:
+        _pytree._deregister_pytree_node(_dataclasses.pop())
 
 
 def children_of(spec: Any) -> list[Any]:

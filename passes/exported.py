@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.compat import pytree
+from hra_fx.compat import know_dataclasses, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, seed_everything, separated_inputs
 from hra_fx.layers.class_swap import original_class
@@ -134,6 +134,7 @@ def _without_unknown(forward: Callable[..., Any], names: Iterable[str]) -> Calla
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
+        know_dataclasses(output)
         kept = pytree.tree_map(lambda value: value if isinstance(value, known) else None, output)
         return output if kept is None else kept
 

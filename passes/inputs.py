@@ -19,6 +19,7 @@ import operator
 import re
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -111,7 +112,7 @@ def _with_skipped(parameters: Mapping[str, inspect.Parameter], names: Sequence[s
 
 
 #: Names that conditions use.
-_OF_CONDITIONS = {"isinstance", "len", "list", "math", "repr", "set", "torch"}
+_OF_CONDITIONS = {"isinstance", "len", "list", "math", "repr", "set", "torch", "type"}
 
 
 def place_of(name: str) -> str:
@@ -130,6 +131,12 @@ def _leaves(graph: fx.Graph, value: fx.Node, spec: Any, place: str, inputs: Inpu
         yield value, place
         return
     kind = {namedtuple: tuple, OrderedDict: dict}.get(spec.type, spec.type)
+    if is_dataclass(kind):
+        inputs.conditions.append(f"type({place}).__name__ == {spec.type.__name__!r}")
+        for name, child in zip(spec.context, children_of(spec), strict=True):
+            item = graph.call_function(getattr, (value, name))
+            yield from _leaves(graph, item, child, f"{place}.{name}", inputs)
+        return
     if kind not in (tuple, list, dict):
         raise CaptureError(f"its input {place!r} contains a {spec.type.__name__}, which a graph cannot unpack")
     keys = spec.context if kind is dict else range(spec.num_children)
@@ -153,13 +160,12 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
         return dict(zip(spec.context, children, strict=True))
     if spec.type is namedtuple:  # the context is its class
         made = graph.call_function(spec.context, tuple(children))
-        made.meta["is_wrapped"] = True
-        return made
-    is_named = isinstance(spec.type, type) and issubclass(spec.type, dict) and spec.type is not defaultdict
-    if not is_named or not all(isinstance(key, str) for key in spec.context):
-        raise CaptureError(f"it returns a {spec.type.__name__}, which a graph cannot create")
-    # An OrderedDict, or an output of transformers and diffusers.
-    made = graph.call_function(spec.type, (), dict(zip(spec.context, children, strict=True)))
+    else:
+        is_named = issubclass(spec.type, dict) or is_dataclass(spec.type)
+        if not is_named or spec.type is defaultdict or not all(isinstance(key, str) for key in spec.context):
+            raise CaptureError(f"it returns a {spec.type.__name__}, which a graph cannot create")
+        # An OrderedDict, a dataclass, or an output of transformers and diffusers.
+        made = graph.call_function(spec.type, (), dict(zip(spec.context, children, strict=True)))
     made.meta["is_wrapped"] = True  # so that it stays a node when fx unpickles the graph
     return made
 

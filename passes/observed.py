@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import custom_functions, pytree
+from hra_fx.compat import custom_functions, know_dataclasses, pytree
 from hra_fx.example_inputs import Call, clone_inputs
 from hra_fx.layers.target import ADAPTER_CHILDREN, FACTORS
 
@@ -90,6 +90,7 @@ def observe(module: nn.Module, call: Call, parameters: Mapping[str, Tensor], *, 
     # fx would print an error of a graph before it raises it.
     run = nn.Module.__call__ if isinstance(module, fx.GraphModule) else type(module).__call__
     output = run(module, *args, **kwargs)
+    know_dataclasses(output)
     outputs = pytree.tree_leaves(output)
     tensors = [value for value in outputs if isinstance(value, Tensor)]
     found: dict[str, Any] = {"its use of random numbers of Python or NumPy": _python_random()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import has_own_hooks, pytree
+from hra_fx.compat import forget_dataclasses, has_own_hooks, know_dataclasses, pytree
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
 from hra_fx.layers.target import find_kind
@@ -63,6 +63,23 @@ def trace(
             " or leave out trace=True."
         )
     call = None if example_inputs is None else normalize_inputs(example_inputs)
+    with LOCK:
+        try:
+            know_dataclasses(call)
+            return _traced_or_captured(model, layers, call, dynamic_shapes, attach, only=only)
+        finally:
+            forget_dataclasses()
+
+
+def _traced_or_captured(
+    model: nn.Module,
+    layers: Collection[nn.Module],
+    call: Call | None,
+    dynamic_shapes: Any,
+    attach: Attach | None,
+    *,
+    only: bool,
+) -> fx.GraphModule:
     reason = ""
     if dynamic_shapes is None:
         try:

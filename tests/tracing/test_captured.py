@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from graph_modules import COPIES, X, config
 from layers.checking import assert_same, gradients, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 from tracing.captured import llama, run, tokens, twins
 from tracing.models import Branches, Creates, Optional, Two
 
@@ -201,6 +204,35 @@ def test_the_inputs_have_the_order_of_the_model() -> None:
     graph, eager = twins(Arguments().double(), given)
     for found in (graph(**given), graph(X, X.sin(), X.cos(), gain=2.0)):
         assert_same(found, eager(**given))
+
+
+class Rows(NamedTuple):
+    x: Tensor
+    scale: Tensor
+
+
+@dataclass
+class Found:
+    out: Tensor
+    rows: Any
+    aux: Tensor | None = None
+
+
+class Named(Branches):
+    def forward(self, rows: Rows, sizes: Any) -> Any:  # type: ignore[override]
+        out = super().forward(rows.x * sizes["scale"])["out"]
+        return Found(out, OrderedDict(rows=Rows(out.sin(), rows.scale)))
+
+
+@pytest.mark.parametrize("copied", [lambda graph: graph, *COPIES], ids=["graph", "deepcopy", "pickle", "torch.save"])
+def test_named_tuples_ordered_dictionaries_and_dataclasses_are_inputs_and_outputs(copied: Any) -> None:
+    graph, eager = twins(Named().double(), (Rows(X, X), OrderedDict(scale=X)))
+    inputs = Rows(X.sin(), X), OrderedDict(scale=X.cos())
+    found, wanted = copied(graph)(*inputs), eager(*inputs)
+    assert type(found) is Found and type(found.rows) is OrderedDict and type(found.rows["rows"]) is Rows
+    assert_same(found.out, wanted.out)
+    assert_same(found.rows["rows"].x, wanted.rows["rows"].x)
+    assert Found not in pytree.SUPPORTED_NODES
 
 
 # ---- hooks ----
