@@ -49,6 +49,17 @@ _SEED = 20240517
 #: Larger parameters share memory with the model: their values stay, and their gradients are not compared.
 _LARGE = 1 << 18
 
+#: What in a model may be the reason of a difference, for each call.
+_REASONS = {
+    "the example": "its forward asks for the class of a value (isinstance), or changes the mode of a part",
+    "the example with adapters": "its forward reads the parameters, the state_dict or the class of a layer",
+    "other values": "its forward branches on values, or keeps a value of an earlier call",
+    "an input of size 1": "its forward branches on a size",
+    "an input of another size": "its forward branches on a size",
+    "an input of another kind": "its forward asks whether an input is None, a number or a mask",
+    "one tensor as several inputs": "its forward asks whether two inputs are one object",
+}
+
 #: Adapts a model or a graph, in place.
 Attach: TypeAlias = Callable[[nn.Module], object]
 
@@ -269,7 +280,8 @@ class _Comparison:
                 return True
             raise CaptureError(f"{self._mode}its graph does not run on {what} ({_line(found)})") from found
         if differs := difference(wanted, found):
-            raise CaptureError(f"{self._mode}{differs[0]} differs for {what}: {differs[1]}")
+            reason = _REASONS.get(what, "its forward reads something that a graph does not have")
+            raise CaptureError(f"{self._mode}{differs[0]} differs for {what}: {differs[1]}. Perhaps {reason}")
         return True
 
     def _try(self, module: nn.Module, call: Call, grad: bool) -> dict[str, Any] | Exception:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.compat import know_dataclasses, pytree
+from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.example_inputs import Call, seed_everything, separated_inputs
 from hra_fx.layers.class_swap import original_class
@@ -31,6 +31,7 @@ from hra_fx.layers.target import find_kind
 from hra_fx.passes.compare import copied
 from hra_fx.passes.inputs import argument_names
 from hra_fx.passes.nodes import line_among
+from hra_fx.passes.observed import without_unknown
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -129,13 +130,11 @@ def _without_unknown(forward: Callable[..., Any], names: Iterable[str]) -> Calla
 
     Its signature has the arguments of the call, because `torch.export` does not support `**kwargs`.
     """
-    known = (Tensor, int, float, str, type(None), torch.SymInt, torch.SymFloat, torch.SymBool)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        know_dataclasses(output)
-        kept = pytree.tree_map(lambda value: value if isinstance(value, known) else None, output)
+        kept = without_unknown(output)
         return output if kept is None else kept
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

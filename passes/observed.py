@@ -89,8 +89,7 @@ def observe(module: nn.Module, call: Call, parameters: Mapping[str, Tensor], *, 
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     # fx would print an error of a graph before it raises it.
     run = nn.Module.__call__ if isinstance(module, fx.GraphModule) else type(module).__call__
-    output = run(module, *args, **kwargs)
-    know_dataclasses(output)
+    output = without_unknown(run(module, *args, **kwargs))
     outputs = pytree.tree_leaves(output)
     tensors = [value for value in outputs if isinstance(value, Tensor)]
     found: dict[str, Any] = {"its use of random numbers of Python or NumPy": _python_random()}
@@ -105,6 +104,13 @@ def observe(module: nn.Module, call: Call, parameters: Mapping[str, Tensor], *, 
         found |= {f"the gradient of {name}": value for name, value in _gradients(trained, tensors).items()}
     found["its use of random numbers"] = random_states()
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+
+def without_unknown(output: Any) -> Any:
+    """An output with `None` in place of objects that a graph cannot create, such as a cache."""
+    know_dataclasses(output)
+    known = (Tensor, *_VALUES, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return pytree.tree_map(lambda value: value if isinstance(value, known) else None, output)
 
 
 def _gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[str, Tensor | None]:

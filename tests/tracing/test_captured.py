@@ -165,6 +165,9 @@ def test_an_example_is_made_from_the_configuration_and_sizes_that_do_not_fit_are
     graph = hra_fx.transform(model, config("q_proj", r=2), trace=True)
     inputs = tokens(3, 9)
     torch.testing.assert_close(graph(**inputs).logits, plain(**inputs).logits)
+    cached = tokens(2, 5) | {"use_cache": True}  # a graph returns no cache
+    made: Any = hra_fx.transform(copy.deepcopy(plain), config("q_proj", r=2), trace=True, example_inputs=cached)
+    torch.testing.assert_close(made(**cached).logits, plain(**cached).logits)
     shapes = {name: {0: Dim("batch")} for name in ("input_ids", "attention_mask")}
     fixed = hra_fx.transform(
         plain, config("q_proj", r=2), trace=True, example_inputs=tokens(2, 5), dynamic_shapes=shapes

@@ -147,7 +147,7 @@ TRACES: dict[str, tuple[type[nn.Module], str]] = {
     "random": (middle(lambda self, hidden: hidden * random.random(), Two), RANDOM),
     "isinstance": (
         middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden, Two),
-        "its output 0 differs for",
+        "its output 0 differs for .*Perhaps its forward asks for the class of a value",
     ),
     "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0]), Two), "not 'ValueProxy'"),
     "tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0), Two), "it creates a tensor in Python"),
