@@ -9,6 +9,7 @@ which renames the keys of the base model.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.target import SAVED, check_adapter_name
 
+T = TypeVar("T")
 #: The name of the base model where an adapter name is expected.
 BASE = "base_layer"
 
@@ -66,11 +68,12 @@ class Copies(nn.Module):
         self.copied[adapter] = names
         self.add_module(adapter, made)
 
+    def is_in_owner(self, adapter: str, name: str) -> bool:
+        """Whether the owner has this tensor of an adapter or of `BASE`. Otherwise, a child of this module has it."""
+        return adapter == self.in_use or (adapter == BASE and name not in self.copied[self.in_use])
+
     def _holder(self, owner: nn.Module, adapter: str, name: str) -> nn.Module:
-        """The module that has a tensor of an adapter or of `BASE`: `owner`, or a child of this module."""
-        is_replaced = name in self.copied.get(self.in_use, ())
-        is_in_owner = not is_replaced if adapter == BASE else adapter == self.in_use
-        return owner if is_in_owner else self.get_submodule(adapter)
+        return owner if self.is_in_owner(adapter, name) else self.get_submodule(adapter)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
         """A tensor of an adapter or of `BASE`, in use or not."""
@@ -121,6 +124,13 @@ class Copies(nn.Module):
         del self._modules[waiting]
         self.add_module(used, child)
 
+    def in_order(self, owner: nn.Module) -> list[tuple[str, str]]:
+        """(adapter or `BASE`, name) of all tensors, in the order that they have while the first adapter is in use."""
+        (first, names), *others = self.copied.items()
+        used = [(first if name in names else BASE, name) for name in own_tensors(owner) if name in self.names]
+        waiting = [(adapter, name) for adapter, names in ((BASE, names), *others) for name in names]
+        return used + waiting
+
     def remove(self, owner: nn.Module, adapter: str) -> None:
         """Remove an adapter's copies. If they are in use, use the tensors of the base model instead."""
         if adapter in self.copied:
@@ -145,6 +155,26 @@ def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
         if copies is not None:
             found[path] = owner, copies
     return found
+
+
+def in_order(model: nn.Module, named: Iterable[tuple[str, T]], prefix: str = "") -> list[tuple[str, T]]:
+    """Tensors of a model by name, in an order that does not depend on the copies in use.
+
+    Optimizers and averages of weights (EMA) find tensors by their position.
+    """
+    items = [*named]
+    ordered, places = items.copy(), {name: place for place, (name, _) in enumerate(items)}
+    for path, owner in state_modules(model, remove_duplicate=False):
+        if (copies := get_copies(owner)) is not None:
+            own = "".join(f"{part}." for part in (prefix.rstrip("."), path) if part)
+            names = [
+                f"{own}{name}" if copies.is_in_owner(adapter, name) else f"{own}{SAVED}.{adapter}.{name}"
+                for adapter, name in copies.in_order(owner)
+            ]
+            found = [places[name] for name in names if name in places]
+            for place, source in zip(sorted(found), found, strict=True):
+                ordered[place] = items[source]
+    return ordered
 
 
 def copies_of(model: nn.Module, adapter: str) -> dict[tuple[str, str], Tensor]:

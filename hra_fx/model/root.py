@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch  # the code that Dynamo of torch 2.6 writes for this file reads this name
@@ -22,7 +22,7 @@ from hra_fx.layers.class_swap import SwapMixin, swap
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies
+from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, in_order
 from hra_fx.model.state import check_not_replaced, get_state
 from hra_fx.removed import NAMES
 
@@ -64,6 +64,23 @@ class AdaptedModel(SwapMixin):
             check_not_replaced(self)
         return super().train(mode)
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        """Like `nn.Module.named_parameters`, in an order that does not depend on the active adapters."""
+        return _named(self, super().named_parameters, prefix, recurse, remove_duplicate)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        """Like `nn.Module.named_buffers`, in an order that does not depend on the active adapters."""
+        return _named(self, super().named_buffers, prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Like `nn.Module.state_dict`, in an order that does not depend on the active adapters."""
+        found = super().state_dict(*args, **kwargs)
+        if _has_copies(self):
+            items = in_order(self, found.items(), kwargs.get("prefix", ""))
+            found.clear()
+            found.update(items)
+        return found
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Rename entries. This is called before the children load their entries."""
         given = [key for key in state_dict if key.startswith(prefix)]
@@ -81,6 +98,19 @@ class AdaptedModel(SwapMixin):
             if (copies := get_copies(owner)) is not None:
                 _rename(state_dict, f"{prefix}{path}." if path else prefix, copies, theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _has_copies(model: nn.Module) -> bool:
+    return (state := get_state(model)) is not None and state.has_copies
+
+
+def _named(model: nn.Module, named: Callable[..., Any], prefix: str, recurse: bool, once: bool) -> Iterator[Any]:
+    if not _has_copies(model):
+        return named(prefix, recurse, once)  # type: ignore[no-any-return]
+    found: dict[int | str, tuple[str, Tensor]] = {}
+    for name, one in in_order(model, named(prefix, recurse, False), prefix):
+        found.setdefault(id(one) if once else name, (name, one))
+    return iter(found.values())
 
 
 def _generation(generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -40,6 +40,7 @@ class AdapterState:
         disabled_blocks: the number of open `with disable_adapters(...)` blocks, in all threads.
         frozen: names of the parameters that `transform` froze.
         layers: all adapted layers, so that a forward does not need to search for them.
+        has_copies: whether there are trained copies.
         untrained: why training would not change the active adapters; empty if it would.
     """
 
@@ -51,6 +52,7 @@ class AdapterState:
     disabled_blocks: int = 0
     frozen: tuple[str, ...] = ()
     layers: tuple[nn.Module, ...] = ()
+    has_copies: bool = False
     untrained: str = ""
 
     def __getstate__(self) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *
 
 def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     """Update every adapted layer and every trained copy from the state of the model."""
-    state.layers = tuple(parts.layers)
+    state.layers, state.has_copies = tuple(parts.layers), bool(parts.copies)
     state.disabled = bool(state.disabled_calls or state.disabled_blocks)
     acting = () if state.disabled else state.active
     for layer in parts.layers:

@@ -14,6 +14,7 @@ import torch
 from model.many import SAVED, adapted, assert_close, config, flags, net, normal, oracle, refuses, turn
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import hra_fx
 
@@ -62,6 +63,33 @@ def test_a_backward_after_another_adapter_ran_has_the_gradients_of_its_own_forwa
     wanted, found = gradients("a"), gradients(reference)
     assert {"first.hra_u.a", "head.weight", "head.bias", "norm.bias"} <= wanted.keys() == found.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+
+
+@pytest.mark.parametrize("switched", ["b", "c", []], ids=str)
+@pytest.mark.parametrize("inside", [False, True], ids=["the model", "a parent"])
+def test_what_goes_by_position_is_the_same_tensor_whichever_copies_are_in_use(switched: Any, inside: bool) -> None:
+    """As for averages of weights and states of optimizers. `b` has other copies than `a` and `c`."""
+    _, model = adapted(net(), a=config("first", **HEAD), b=config("first", bias="all"), c=config("second", **SAVED))
+    turn(model)
+    average = AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    whole = nn.ModuleDict({"inner": model}) if inside else model
+
+    def tensors() -> list[Any]:
+        return [
+            [*map(id, found)]
+            for found in (model.parameters(), model.buffers(), whole.state_dict(keep_vars=True).values())
+        ]
+
+    before = tensors()
+    hra_fx.set_adapter(model, switched)
+    assert tensors() == before
+    for _ in range(2):
+        average.update_parameters(model)
+    for name in ("a", "b", "c", []):
+        for each in (model, average.module):
+            hra_fx.set_adapter(each, name)
+        assert_close(average.module(normal(4, 6)), model(normal(4, 6)))
 
 
 def test_the_buffers_of_a_norm_switch_with_it() -> None:
