@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from hra_fx.compat import loaded_class
 from hra_fx.errors import AdapterError, UnsupportedLayerError
@@ -40,6 +43,21 @@ def refuse_peft_layers(model: nn.Module) -> None:
     """Raise an error if a model has PEFT layers. The message names the first one and a fix."""
     if found := find_peft_layer(model):
         raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")
+
+
+def _refuse_tuner(module: nn.Module, _: str, child: nn.Module | None) -> None:
+    """Raise an error if a tuner of PEFT gets a model of hra_fx. torch calls this for every child of every module."""
+    tuner: Any = loaded_class("peft.tuners.tuners_utils", "BaseTuner")
+    # A tuner with a class of hra_fx is one that `from_peft` took over.
+    is_new = child is not None and isinstance(module, tuner) and not isinstance(module, SwapMixin)
+    if is_new and any(isinstance(part, SwapMixin) for part in child.modules()):  # type: ignore[union-attr]
+        raise UnsupportedLayerError(
+            "PEFT cannot add an adapter to a model with adapters of hra_fx, because it would merge a LoRA as "
+            "(W + B A) Q. Call hra_fx.fold(model) first, or add an adapter of hra_fx with hra_fx.add_adapter."
+        )
+
+
+register_module_module_registration_hook(_refuse_tuner)
 
 
 def public_names(methods: type) -> set[str]:

@@ -188,6 +188,25 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
         hra_fx.report(lora)
 
 
+@pytest.mark.parametrize("adapt", [hra_fx.transform, hra_fx.get_peft_model])
+@pytest.mark.parametrize("target", ["query", "conv"], ids=["the same layer", "another layer"])
+def test_peft_adds_its_adapters_only_to_a_folded_model(adapt: Any, target: str) -> None:
+    """PEFT would merge `B A` into the weight before it is rotated."""
+    model = adapt(net(F64), hra_fx.HRAConfig(r=2, target_modules=["query"], init_weights=False))
+    wanted, lora = model(tokens()), peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    for whole in (model, nn.Sequential(model)):
+        for add in (peft.get_peft_model, lambda whole, lora: peft.inject_adapter_in_model(lora, whole)):
+            text = r"^PEFT cannot add an adapter .* \(W \+ B A\) Q\. Call hra_fx\.fold\(model\) first"
+            with refuses(model, text, hra_fx.UnsupportedLayerError):
+                add(whole, lora)
+    assert torch.equal(model(tokens()), wanted)
+    with peft_warnings_ignored():
+        top = peft.get_peft_model(hra_fx.fold(model), lora).eval()
+    output = top(tokens())
+    assert relative_error(output, wanted) > 1e-3
+    assert relative_error(top.merge_and_unload()(tokens()), output) < 1e-6
+
+
 # ---- the `PeftModel` afterwards: its methods are those of the adapted base model ----
 
 TWO: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_weights": False}
