@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hra_fx.atomic_write import atomic_write
 from hra_fx.config_fields import check_field
 from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.hub import local_folder
@@ -162,10 +163,10 @@ class HRAConfig:
         return json.dumps(dict(sorted(self.to_dict().items())), indent=2)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `adapter_config.json` into `save_directory`, which is created if it does not exist."""
+        """Write `adapter_config.json` atomically into `save_directory`, which is created if it does not exist."""
         directory, text = Path(save_directory), self.to_json_string()
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+        atomic_write(directory / CONFIG_NAME, text.encode())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HRAConfig:

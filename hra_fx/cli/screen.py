@@ -91,3 +91,7 @@ class ErrorHandlingGroup(TyperGroup):
             except (HRAError, OSError) as error:
                 print_message("error", str(error), "bold red")
                 raise typer.Exit(FAILED) from error
+            except Exception as error:
+                if getattr(getattr(error, "param", None), "name", "") == "adapters":  # the last path was parsed as OUT
+                    error.param_hint = "'ADAPTER' or 'OUT'"  # type: ignore[attr-defined]
+                raise

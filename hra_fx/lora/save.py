@@ -22,6 +22,8 @@ from hra_fx.lora.diffusers_format import adapters_of, parts_of, write_diffusers
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
 
+#: Suffixes of files, not of folders, in which others save a LoRA.
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -152,10 +154,10 @@ def save_as_lora(
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
         parts = {"": model_or_pipeline}
-    if path.suffix.lower() == (".gguf" if file_format == "diffusers" else ".safetensors"):
+    if path.suffix.lower() in (*_PICKLES, ".gguf" if file_format == "diffusers" else ".safetensors"):
         raise AdapterError(
-            f"{path}: GGUF files are for language models, and single safetensors files for models of diffusers, got "
-            f"{type(model_or_pipeline).__name__}. Pass a folder."
+            f"{path}: GGUF files are for language models, single safetensors files for models of diffusers, and pickle "
+            f"files are never written, got {type(model_or_pipeline).__name__}. Pass a folder."
         )
     tensors = [tensor for part in parts.values() for tensor in part.parameters()]
     result = on_first_rank(tensors, lambda: _write(adapters, path, file_format, checked))

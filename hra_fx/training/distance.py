@@ -65,6 +65,9 @@ def distance_to_base(model: nn.Module, batch: Any) -> Tensor:
     args, kwargs = pytree.tree_map(
         lambda x: x.to(device) if isinstance(x, Tensor) else x, normalize_inputs(batch, "`batch`")
     )
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        fix = "Tokenize texts first, and pass tensors: tokenizer(texts, return_tensors='pt', padding=True)."
+        raise AdapterError(f"`batch` must contain tensors, got a {type(batch).__name__} without any. {fix}")
     if "decoder_input_ids" in kwargs or not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         kwargs.pop("labels", None)  # otherwise, the inputs of the decoder are made from them
     with without_adapters(inner):

@@ -154,6 +154,11 @@ WRONG: dict[tuple[str, ...], str] = {
 }
 
 
+def test_a_missing_output_is_named() -> None:
+    for words in (("fold", "base", "adapter"), ("convert", "adapter", "--to", "lora", "--base", "x")):
+        assert "Missing argument 'ADAPTER' or 'OUT'." in usage(*words)
+
+
 @pytest.mark.parametrize("words", WRONG, ids=" ".join)
 def test_options_that_do_not_fit_together(shelf: Shelf, words: tuple[str, ...]) -> None:
     assert WRONG[words] in usage("convert", shelf / "my-adapter", *words)

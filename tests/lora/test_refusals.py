@@ -140,6 +140,10 @@ def test_a_rank_and_a_dtype(tmp_path: Path) -> None:
         with pytest.raises(AdapterError) as caught:
             hra_fx.save_as_lora(model, tmp_path / "out", dtype=dtype)
         assert str(caught.value) == f"`dtype` must be one of float32, float16, bfloat16, got {dtype!r}."
+    for name in ("a.ckpt", "a.PT"):
+        with pytest.raises(AdapterError, match=r" pickle files are never written, got ModuleDict\. Pass a folder\.$"):
+            hra_fx.save_as_lora(model, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_and_states() -> None:

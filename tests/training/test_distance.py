@@ -214,6 +214,8 @@ def test_errors() -> None:
             hra_fx.distance_to_base(model, batch)
 
     refused("`batch` must be a tensor, .* got str", model, "a text")
+    for batch in (["a text"], [[1, 2, 3]], {"input_ids": [1, 2, 3]}, {"text": "a text"}):
+        refused(f"^`batch` must contain tensors, got a {type(batch).__name__} without any. Tokenize", model, batch)
     refused(
         r"mask has shape \(3, 7\), but the output is for tokens \(3, 8\)",
         model,
