@@ -74,7 +74,6 @@ def test_a_program_prints_what_is_expected(
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 LOCAL = re.compile(r"(?<![\w.])/(bin|home|mnt|opt|root|tmp|usr|Users|var|venv|work)/|\b[A-Z]:\\|site-packages|file://")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
-PROJECT = "hra-fx/hra_fx"
 
 
 def checked(notebook: Any) -> list[str]:
@@ -90,19 +89,15 @@ def checked(notebook: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stored_notebook_is_small_and_needs_no_clone(name: str) -> None:
+def test_a_stored_notebook_is_small_and_has_only_links_that_work(name: str) -> None:
     text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
     assert len(text) < 1_000_000 and not LOCAL.findall(text)
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
     checked(notebook)
-    badge, install = notebook.cells[0].source, notebook.cells[1].source
-    assert f"(https://colab.research.google.com/github/{PROJECT}/blob/main/notebooks/{name}.ipynb)" in badge
-    assert f"git+https://github.com/{PROJECT}" in install
+    assert "%pip install -q" in notebook.cells[1].source
     for link in (link for cell in notebook.cells if cell.cell_type == "markdown" for link in LINK.findall(cell.source)):
-        assert link.startswith("https://"), link
-        inside = re.fullmatch(f"https://github.com/{PROJECT}/(?:blob|tree)/main/(.+)", link)
-        assert not inside or (ROOT / inside[1]).exists(), link
+        assert link.startswith("https://") or (NOTEBOOKS / link).exists(), link
 
 
 @pytest.mark.slow
