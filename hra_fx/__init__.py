@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from hra_fx import integrations as integrations
     from hra_fx.api.fold_checkpoint import fold_checkpoint as fold_checkpoint
     from hra_fx.api.from_peft import from_peft as from_peft
-    from hra_fx.api.get_peft_model import get_peft_model as get_peft_model
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import (
         HRAModel as HRAModel,
         PeftModel as PeftModel,
+        get_peft_model as get_peft_model,
     )
     from hra_fx.api.transform import transform as transform
     from hra_fx.checkpoint.saving import (
@@ -73,8 +73,7 @@ _NAMES = {
     "api.fold_checkpoint": ("fold_checkpoint",),
     "api.from_peft": ("from_peft",),
     "api.load": ("load_adapter",),
-    "api.get_peft_model": ("get_peft_model",),
-    "api.peft_model": ("HRAModel", "PeftModel"),
+    "api.peft_model": ("HRAModel", "PeftModel", "get_peft_model"),
     "api.transform": ("transform",),
     "checkpoint.saving": ("get_peft_model_state_dict", "save_adapter"),
     "config": ("HRAConfig",),

@@ -1,4 +1,4 @@
-"""`HRAModel`, an adapted model with PEFT's methods, and `PeftModel`, another name of PEFT for it.
+"""`HRAModel`, an adapted model with PEFT's methods; `PeftModel`, another name of PEFT for it; and `get_peft_model`.
 
 The model object itself gets a new class, a subclass of its own class and `HRAModel`. So `isinstance` checks (Trainer,
 pipelines, diffusers) still work, and a wrapper that forwards attributes is not needed.
@@ -170,6 +170,43 @@ class _BaseModel(BaseModel):
 def as_hra_model(model: nn.Module) -> nn.Module:
     """Add the methods of `HRAModel` to a transformed model. Call `refuse_hidden_names` before."""
     return add_methods(model, HRAModel, _BaseModel)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: HRAConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Adapt a model in place and give it PEFT's methods, with the arguments of `peft.get_peft_model`.
+
+    Args:
+        model: any module that `hra_fx.transform` accepts, changed in place.
+        peft_config: an `hra_fx.HRAConfig` or a `peft.HRAConfig`.
+        adapter_name: name of the adapter.
+        mixed, autocast_adapter_dtype: ignored, because all adapters are HRA and vectors are always at least float32.
+        revision: revision of the base model, written into the configuration.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
+
+    Returns:
+        `model`, which is an `HRAModel` now.
+
+    Raises:
+        AdapterError: `model` is a graph, or has an attribute with the name of one of PEFT's methods.
+        HRAError: for other errors, see `hra_fx.transform`. After any error the model is unchanged.
+
+    Example:
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 12 || all params: 40 || trainable%: 30.0000
+    """
+    adapted: Any = HRAModel(model, peft_config, adapter_name, low_cpu_mem_usage)
+    if revision is not None:
+        adapted.peft_config[adapter_name].revision = revision
+    return adapted
 
 
 #: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.

@@ -21,7 +21,7 @@ from hra_fx.atomic_write import Content, temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import local_folder
-from hra_fx.layers.target import KEPT, REFLECTION, SAVED
+from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers
 from hra_fx.selection.suggestions import some_of
@@ -150,21 +150,6 @@ def copy_key(path: str, name: str, *, adapted: bool) -> str:
     return f"{PREFIX}{path}.base_layer.{name}" if adapted else f"{PREFIX}{path}.{name}"
 
 
-def vectors_entry(path: str, name: str) -> str:
-    """Entry of an adapter's vectors in the model's `state_dict`."""
-    return f"{path}.{REFLECTION}.{name}"
-
-
-def kept_entry(path: str, name: str) -> str:
-    """Entry of the directions that an adapter keeps."""
-    return f"{path}.{REFLECTION}.{name}{KEPT}"
-
-
-def copy_entry(path: str, name: str, tensor: str, *, in_place: bool) -> str:
-    """Entry of an adapter's copy of a tensor, which is in use (`in_place`) or not."""
-    return (f"{path}.{tensor}" if in_place else f"{path}.{SAVED}.{name}.{tensor}").lstrip(".")
-
-
 def adapter_entries(model: nn.Module) -> list[str]:
     """Entries of the model's `state_dict` that belong to adapters, including active trained copies."""
     entries = [
@@ -173,9 +158,6 @@ def adapter_entries(model: nn.Module) -> list[str]:
         for name in layer.hra_u.state_dict()
         if name != "unmerged"
     ]
-    for path, (_, copies) in all_copies(model).items():
-        entries += [f"{path}.{name}".lstrip(".") for name in copies.copied.get(copies.in_use, ())]
-        entries += [
-            f"{path}.{SAVED}.{key}".lstrip(".") for key in copies.state_dict() if not key.startswith(f"{BASE}.")
-        ]
+    for path, (owner, copies) in all_copies(model).items():
+        entries += [f"{path}.{key}".lstrip(".") for (name, _), key in copies.entries(owner).items() if name != BASE]
     return entries

@@ -16,12 +16,9 @@ from hra_fx.checkpoint.card import CARD_NAME, create_or_update_model_card
 from hra_fx.checkpoint.folder import (
     PREFIX,
     adapter_entries,
-    copy_entry,
     copy_key,
-    kept_entry,
     output_folder,
     reflection_key,
-    vectors_entry,
     write,
     write_weights,
 )
@@ -29,7 +26,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional.chain import GRAM_SCHMIDT, KEPT, chain_of, vectors_of
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.target import KEPT as SUFFIX, REFLECTION
 from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.state import AdapterState, adapted_layers, layers_with, name_in, names_in, root_of
 from hra_fx.model.whole import check_whole
@@ -165,11 +162,11 @@ def _state_of(root: nn.Module) -> dict[str, Tensor]:
 
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config, sites, layers = record.configs[name], layers_with(root, record, name), adapted_layers(root)
-    entries = [vectors_entry(path, name) for path in sites]
-    entries += [kept_entry(path, name) for path in sites if layers[path].hra_u.kept(name) is not None]
+    entries = {path: f"{path}.{REFLECTION}.{name}" for path in sites}
+    directions = {path: entry + SUFFIX for path, entry in entries.items() if layers[path].hra_u.kept(name) is not None}
     for path in sites:
         layers[path].hra_u.check_parameter(name)
-    if missing := [entry for entry in entries if entry not in state]:
+    if missing := [entry for entry in (*entries.values(), *directions.values()) if entry not in state]:
         raise AdapterError(
             f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With transformers' Trainer "
             "and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
@@ -178,18 +175,19 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     is_scaled = name in layers[sites[0]].hra_u.scales  # as in all layers
     for path in sites:
         adapters = layers[path].hra_u
-        form, trained, kept = adapters.form(name), full_tensor(state[vectors_entry(path, name)]), None
+        form, trained, kept = adapters.form(name), full_tensor(state[entries[path]]), None
         if is_scaled:
             form, trained = 0, adapters.chain(name)
         elif form & KEPT:
-            kept = state[kept_entry(path, name)]
+            kept = state[directions[path]]
         tensors[reflection_key(path)] = vectors_of(form, trained, kept)
     form = GRAM_SCHMIDT * (config.apply_GS and not is_scaled)
     chains = {path: chain_of(form, tensors[reflection_key(path)]) for path in sites}
     row = base_row({path: layers[path] for path in sites}, chains)
     owners = all_copies(root)
     for path, entry in copies_of(root, name):
-        key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
+        owner, copies = owners[path]
+        key = f"{path}.{copies.entries(owner)[name, entry]}".lstrip(".")
         tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
     if is_scaled:  # plain reflections
         config = dataclasses.replace(config, apply_GS=False)

@@ -68,12 +68,11 @@ class Copies(nn.Module):
         self.copied[adapter] = names
         self.add_module(adapter, made)
 
-    def is_in_owner(self, adapter: str, name: str) -> bool:
-        """Whether the owner has this tensor of an adapter or of `BASE`. Otherwise, a child of this module has it."""
-        return adapter == self.in_use or (adapter == BASE and name not in self.copied[self.in_use])
-
     def _holder(self, owner: nn.Module, adapter: str, name: str) -> nn.Module:
-        return owner if self.is_in_owner(adapter, name) else self.get_submodule(adapter)
+        """The module that has a tensor of an adapter or of `BASE`: `owner`, or a child of this module."""
+        is_replaced = name in self.copied.get(self.in_use, ())
+        is_in_owner = not is_replaced if adapter == BASE else adapter == self.in_use
+        return owner if is_in_owner else self.get_submodule(adapter)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
         """A tensor of an adapter or of `BASE`, in use or not."""
@@ -124,12 +123,15 @@ class Copies(nn.Module):
         del self._modules[waiting]
         self.add_module(used, child)
 
-    def in_order(self, owner: nn.Module) -> list[tuple[str, str]]:
-        """(adapter or `BASE`, name) of all tensors, in the order that they have while the first adapter is in use."""
+    def entries(self, owner: nn.Module) -> dict[tuple[str, str], str]:
+        """(adapter or `BASE`, name of a tensor) -> its entry in the owner's `state_dict`, which depends on its use.
+
+        The order does not: it is that of the entries while the first adapter is in use.
+        """
         (first, names), *others = self.copied.items()
-        used = [(first if name in names else BASE, name) for name in own_tensors(owner) if name in self.names]
-        waiting = [(adapter, name) for adapter, names in ((BASE, names), *others) for name in names]
-        return used + waiting
+        keys = [(first if name in names else BASE, name) for name in own_tensors(owner) if name in self.names]
+        keys += [(adapter, name) for adapter, names in ((BASE, names), *others) for name in names]
+        return {key: key[1] if self._holder(owner, *key) is owner else ".".join((SAVED, *key)) for key in keys}
 
     def remove(self, owner: nn.Module, adapter: str) -> None:
         """Remove an adapter's copies. If they are in use, use the tensors of the base model instead."""
@@ -167,11 +169,7 @@ def in_order(model: nn.Module, named: Iterable[tuple[str, T]], prefix: str = "")
     for path, owner in state_modules(model, remove_duplicate=False):
         if (copies := get_copies(owner)) is not None:
             own = "".join(f"{part}." for part in (prefix.rstrip("."), path) if part)
-            names = [
-                f"{own}{name}" if copies.is_in_owner(adapter, name) else f"{own}{SAVED}.{adapter}.{name}"
-                for adapter, name in copies.in_order(owner)
-            ]
-            found = [places[name] for name in names if name in places]
+            found = [places[own + name] for name in copies.entries(owner).values() if own + name in places]
             for place, source in zip(sorted(found), found, strict=True):
                 ordered[place] = items[source]
     return ordered

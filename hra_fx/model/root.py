@@ -56,21 +56,15 @@ class AdaptedModel(SwapMixin):
                 return base.forward(self, *args, **kwargs)
 
         method = inspect.getattr_static(base, "generate", None)
-        return {"forward": forward} | ({"generate": _generation(method)} if inspect.isfunction(method) else {})
+        methods = {name: _ordered(getattr(base, name)) for name in ("named_parameters", "named_buffers")}
+        generate = {"generate": _generation(method)} if inspect.isfunction(method) else {}
+        return {"forward": forward, **methods, **generate}
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode. For training, no adapted layer may have been replaced."""
         if mode:
             check_not_replaced(self)
         return super().train(mode)
-
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
-        """Like `nn.Module.named_parameters`, in an order that does not depend on the active adapters."""
-        return _named(self, super().named_parameters, prefix, recurse, remove_duplicate)
-
-    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
-        """Like `nn.Module.named_buffers`, in an order that does not depend on the active adapters."""
-        return _named(self, super().named_buffers, prefix, recurse, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Like `nn.Module.state_dict`, in an order that does not depend on the active adapters."""
@@ -96,7 +90,7 @@ class AdaptedModel(SwapMixin):
         # Every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):
             if (copies := get_copies(owner)) is not None:
-                _rename(state_dict, f"{prefix}{path}." if path else prefix, copies, theirs)
+                _rename(state_dict, f"{prefix}{path}." if path else prefix, copies, copies.entries(owner), theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -104,13 +98,19 @@ def _has_copies(model: nn.Module) -> bool:
     return (state := get_state(model)) is not None and state.has_copies
 
 
-def _named(model: nn.Module, named: Callable[..., Any], prefix: str, recurse: bool, once: bool) -> Iterator[Any]:
-    if not _has_copies(model):
-        return named(prefix, recurse, once)  # type: ignore[no-any-return]
-    found: dict[int | str, tuple[str, Tensor]] = {}
-    for name, one in in_order(model, named(prefix, recurse, False), prefix):
-        found.setdefault(id(one) if once else name, (name, one))
-    return iter(found.values())
+def _ordered(named: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `named_parameters` or `named_buffers`: their order does not depend on the active adapters."""
+
+    @functools.wraps(named)
+    def ordered(self: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[Any]:
+        if not _has_copies(self):
+            return named(self, prefix, recurse, remove_duplicate)  # type: ignore[no-any-return]
+        found: dict[int | str, tuple[str, Tensor]] = {}
+        for name, one in in_order(self, named(self, prefix, recurse, False), prefix):
+            found.setdefault(id(one) if remove_duplicate else name, (name, one))
+        return iter(found.values())
+
+    return ordered
 
 
 def _generation(generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,18 +162,19 @@ def _watched(model: nn.Module, output: Any) -> Any:
     return pytree.tree_map(watched, output, is_leaf=lambda part: not isinstance(part, (tuple, list, dict)))
 
 
-def _rename(state: dict[str, Any], place: str, copies: Copies, theirs: set[str]) -> None:
+def _rename(
+    state: dict[str, Any], place: str, copies: Copies, entries: dict[tuple[str, str], str], theirs: set[str]
+) -> None:
     """Rename the tensors of one module in a `state_dict`, whose adapters are `theirs`, to their names in the model."""
     for name in copies.names:
-        owners = (BASE, *(adapter for adapter, names in copies.copied.items() if name in names))
-        keys = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in owners}
-        values: dict[str, Tensor] = {owner: state.pop(keys[owner]) for owner in owners if keys[owner] in state}
+        keys = {owner: place + entry for (owner, own), entry in entries.items() if own == name}
+        waiting = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in keys}
+        values: dict[str, Tensor] = {owner: state.pop(key) for owner, key in waiting.items() if key in state}
         if f"{place}{name}" in state:
             # The copy in use is the one without another name: of an adapter of the state_dict, else of the base model.
             # If the base model has another name, it is of an adapter that this model does not have.
-            used = next((owner for owner in owners if owner in theirs and owner not in values), BASE)
+            used = next((owner for owner in keys if owner in theirs and owner not in values), BASE)
             values.setdefault(used, state.pop(f"{place}{name}"))
-        keys[copies.in_use if copies.in_use in owners else BASE] = f"{place}{name}"
         state.update({keys[owner]: value for owner, value in values.items()})
 
 
