@@ -2,7 +2,7 @@
 
     graph = trace(model, layers, example)    trace.py     torch.fx; if it cannot, torch.export with layers as calls
     uses = match(graph, config)              match.py     target, exclude and layer patterns -> nodes
-    insert(graph, uses)                      insert.py    y = layer(x)  ->  h = layer.hra_u(x);  y = layer(x, h)
+    insert(graph, uses)                      insert.py    y = layer(x)  ->  h = layer.hra_u(x);  y = layer(h, ...)
     fold(graph)                              fold.py      W <- W Q, and hra_u goes
 
 `reflection.py` says what an adapter must have, so that these passes work with it. A pass changes a graph module in

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import ASSERT_METADATA
+from hra_fx.errors import CaptureError
 from hra_fx.passes.blocks import inline_blocks
 from hra_fx.passes.exported import CALL_LAYER, exporting
 from hra_fx.passes.inputs import Inputs, conditions_of, nest
-from hra_fx.passes.nodes import replace_node
+from hra_fx.passes.nodes import line_of, replace_node
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -92,6 +93,9 @@ def _name_constants(graph: fx.Graph, program: ExportedProgram) -> dict[str, Tens
     names: dict[str, str] = {}
     made: dict[str, Tensor] = {}
     for node in graph.find_nodes(op="get_attr", sort=True):
+        if node.target in program.graph_signature.lifted_custom_objs:
+            kind = type(program.constants[node.target]).__name__
+            raise CaptureError(f"it uses a {kind}{line_of(next(iter(node.users)))}, which a graph cannot have")
         if node.users and node.target in program.graph_signature.lifted_tensor_constants:
             name = names.setdefault(node.target, f"constant_{len(names)}")
             made[name] = program.constants[node.target].detach()

@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import children_of, guard_function, guards_of, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.passes.compare import Limits
+from hra_fx.selection.origin import GraphPart
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -173,11 +174,8 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
 # --- conditions -------------------------------------------------------------------------------------------------------
 
 
-class InputChecks(nn.Module):
+class InputChecks(GraphPart):
     """Checks the inputs of a graph."""
-
-    #: Keeps the call in `graph.eliminate_dead_code()`, which would otherwise remove it because its result is not used.
-    _is_impure = True
 
     def __init__(self, names: Sequence[str], conditions: Sequence[str]) -> None:
         """Store the names of the inputs, and the conditions: Python expressions with these names."""

@@ -1,13 +1,13 @@
 r"""insert: add a reflection before each call of a layer, and after each read of a weight.
 
-    y = layer(x)                    becomes        h = layer.hra_u(x, f);  y = layer(x, h)
+    y = linear(x)                   becomes        h = linear.hra_u(x, f);  y = linear(h, reflected=True)
+    y = conv(x)                     becomes        h = conv.hra_u(x, f);  y = conv(x, reflected=h)
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
     y = f(x, experts.up)            becomes        w = experts.hra_up();  y = f(x, w)
 
-For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` contains the factors of its
-reflections (`hra_fx.layers.conv`). The layer still gets `x` as its first argument, so that hooks on the layer get the
-same input. For a weight, `hra_base` is the base weight, and `w` is `W Q`. The graph is the only record of these
-changes.
+For a Linear, `h = x Q^T`, and the layer computes `h W^T = x (W Q)^T` from its input `h`, which hooks on the layer get.
+For a convolution, `h` contains the factors of its reflections (`hra_fx.layers.conv`). For a weight, `hra_base` is the
+base weight, and `w` is `W Q`. The graph is the only record of these changes.
 
 If the graph has the child `hra_factors`, the first node calls it, and `f` is its result for all layers. A graph without
 reflections of inputs calls it too, because fx deletes children that are not called.
@@ -23,7 +23,7 @@ from torch import fx
 from hra_fx.errors import GraphInvariantError
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION, layer_of_entry
-from hra_fx.passes.reflection import REFLECTED, Reflection, is_reflected, is_rotated
+from hra_fx.passes.reflection import REFLECTED, Reflection, is_rotated
 
 
 def insert(graph_module: fx.GraphModule, uses: Iterable[fx.Node], *, child: str = REFLECTION) -> fx.GraphModule:
@@ -38,19 +38,26 @@ def insert(graph_module: fx.GraphModule, uses: Iterable[fx.Node], *, child: str 
         child: the name of the adapter in its layer.
 
     Raises:
-        GraphInvariantError: the input of a call is not a value of the graph.
+        GraphInvariantError: a layer has no adapter, or the input of a call is not a value of the graph.
     """
+    reflections = {node: _reflection_of(graph_module, node, child) for node in uses}
     factors = _factors(graph_module)
-    for node in uses:
+    for node, reflection in reflections.items():
         if node.op == "get_attr":
             _insert_after(graph_module, node, child)
-            continue
-        reflection: Any = graph_module.get_submodule(str(node.target))._modules[child]
-        if reflection.reflects_input and not is_reflected(node):
+        elif reflection.reflects_input and REFLECTED not in node.kwargs:
             _insert_before(node, reflection, child, factors)
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def _reflection_of(graph_module: fx.GraphModule, node: fx.Node, child: str) -> Any:
+    path = str(node.target) if node.op == "call_module" else layer_of_entry(graph_module, str(node.target))
+    reflection = graph_module.get_submodule(path)._modules.get(child)
+    if reflection is None:
+        raise GraphInvariantError(f"{path}: it has no adapter ({child!r}). Add one first, with hra_fx.transform.")
+    return reflection
 
 
 def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
@@ -76,10 +83,9 @@ def _insert_before(node: fx.Node, child: Reflection, name: str, factors: tuple[f
         reflection = _reflection(node, f"{node.target}.{name}", (value, *factors), {})
     if "val" in value.meta and "val" in node.meta:
         reflection.meta["val"] = child.value_in_graph(value.meta["val"], node.meta["val"])
-    if node.args:
-        node.args = (value, reflection)
-    else:
-        node.kwargs = {**node.kwargs, REFLECTED: reflection}
+    if child.replaces_input:
+        node.replace_input_with(value, reflection)
+    node.kwargs = {**node.kwargs, REFLECTED: True if child.replaces_input else reflection}
 
 
 def _insert_after(graph_module: fx.GraphModule, node: fx.Node, name: str) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.passes.nodes import attribute, line_of
+from hra_fx.selection.origin import GraphPart
 
 
-class ByMode(nn.Module):
+class ByMode(GraphPart):
     """Returns one constant in train mode and another in eval mode, or runs one of two graphs.
 
     A tensor that the forward of a model creates is also such a constant. It is not a buffer: it is not in the
@@ -31,9 +32,6 @@ class ByMode(nn.Module):
     Attributes:
         parts: modules of the graph that it does not call, so that they do not have a mode of their own.
     """
-
-    #: Keeps the call in `graph.eliminate_dead_code()`: a graph of one mode may write into a buffer.
-    _is_impure = True
 
     def __init__(self, in_train: Any, in_eval: Any) -> None:
         """Store both constants, or both graphs."""

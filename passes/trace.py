@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import forget_dataclasses, has_own_hooks, know_dataclasses, pytree
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
-from hra_fx.layers.target import find_kind
+from hra_fx.layers.target import FACTORS, find_kind
 from hra_fx.passes.capture import capture_layers
 from hra_fx.passes.compare import Attach, ExampleError, compare, compare_call, copied
 from hra_fx.passes.exported import LOCK, depends_on_mode
@@ -104,7 +104,7 @@ def _odd_names(model: nn.Module) -> Iterator[str]:
     """The attributes whose name is a keyword of Python or an attribute of GraphModule."""
     for path, part in model.named_modules():
         for name in (*part._modules, *part._parameters, *part._buffers):
-            if keyword.iskeyword(name) or (not path and hasattr(fx.GraphModule, name)):
+            if keyword.iskeyword(name) or (not path and (name == FACTORS or hasattr(fx.GraphModule, name))):
                 yield f"{path}.{name}".lstrip(".")
 
 

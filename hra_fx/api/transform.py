@@ -11,6 +11,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.export.program import refuse_program
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
+from hra_fx.layers.weight import mark_readers
 from hra_fx.model.inject import random_init
 from hra_fx.model.setup import put_adapter, valid_config
 from hra_fx.model.state import adapted_layers, check_is_module, get_state
@@ -98,7 +99,9 @@ def transform(
 
     if trace and not isinstance(module, fx.GraphModule):
         _check_traceable(module)
-        return adapt(module, config, attach, example_inputs, dynamic_shapes)  # type: ignore[return-value]
+        graph = adapt(module, config, attach, example_inputs, dynamic_shapes)
+        mark_readers({"": module}, adapted_layers(graph))  # code of the model is called too, such as `generate`
+        return graph  # type: ignore[return-value]
     if not _is_done(module, config, adapter_name):
         attach(module)
     return model

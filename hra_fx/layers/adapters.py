@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hra_fx.compat import is_plain_eager
@@ -57,6 +57,7 @@ class HouseholderAdapters(nn.ParameterDict):
         fan_in_fan_out: whether the weight is `(in, out)`.
         weight_name: the name of the weight in the layer.
         reflects_input: whether a call of the layer reflects its input; otherwise only the weight is rotated.
+        replaces_input: whether a node of a graph reflects the input (`hra_fx.passes.reflection`).
         width: `d`.
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
@@ -69,6 +70,7 @@ class HouseholderAdapters(nn.ParameterDict):
     """
 
     reflects_input: ClassVar[bool] = False
+    replaces_input: ClassVar[bool] = False
     layer_path: str = "a layer"
     needs_parameter: bool = False
     is_read: bool = False
@@ -102,8 +104,8 @@ class HouseholderAdapters(nn.ParameterDict):
     ) -> Any:
         """Compute `W Q` for the `weight` of the layer, its factors in `dtype`, or a node of a graph.
 
-        In a graph, the result for the input `x` of the layer becomes the second argument of the layer. `run` has the
-        factors that were computed for all layers at the start of the graph.
+        In a graph, the result for the input `x` of the layer is its new input, or its argument `reflected`. `run` has
+        the factors that were computed for all layers at the start of the graph.
         """
         if weight is not None:
             return self.rotate(weight)
@@ -148,6 +150,11 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def reflect(self, x: Tensor) -> Any:
         """What a call in a graph returns for the input `x` of the layer (`reflects_input`)."""
+        if isinstance(x, fx.Proxy):
+            raise AdapterError(
+                f"{self.layer_path}: torch.fx cannot trace the reflections of a graph again. Use `model.graph`, or "
+                "a copy of it."
+            )
         return self.second_argument(x, factors_for(self, x, self.factors))
 
     def second_argument(self, x: Tensor, factors: Factors | None) -> Any:

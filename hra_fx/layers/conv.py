@@ -40,7 +40,7 @@ class ConvAdapters(HouseholderAdapters):
 
 
 class AdaptedConv(AdaptedLayer):
-    """A convolution that adds the term of the reflections. A graph passes the factors as the second argument."""
+    """A convolution that adds the term of the reflections. A graph passes the factors."""
 
     hra_u: ConvAdapters
     weight: Tensor
@@ -51,7 +51,7 @@ class AdaptedConv(AdaptedLayer):
         """Compute the convolution with `W Q`."""
 
         @functools.wraps(base.forward)
-        def forward(self: Any, input: Tensor, reflected: Factors | None = None) -> Any:
+        def forward(self: Any, input: Tensor, *, reflected: Factors | None = None) -> Any:
             adapters: Any = self._modules[REFLECTION]
             weight = adapters.weight_of(self)
             output = self._conv_forward(input, weight, self.bias)

@@ -29,6 +29,7 @@ class LinearAdapters(HouseholderAdapters):
     """The adapters of a Linear. In a graph, the child computes the reflected input: `x -> x Q^T`."""
 
     reflects_input = True
+    replaces_input = True
 
     def second_argument(self, x: Tensor, factors: Factors | None) -> Tensor:
         """The input after the reflections, with the same shape and dtype."""
@@ -40,7 +41,7 @@ class LinearAdapters(HouseholderAdapters):
 
 
 class AdaptedLinear(AdaptedLayer):
-    """A Linear that reflects its input. A graph passes the reflected input as the second argument."""
+    """A Linear that reflects its input. In a graph, the input is reflected already."""
 
     hra_u: LinearAdapters
     weight: Tensor
@@ -51,16 +52,14 @@ class AdaptedLinear(AdaptedLayer):
         """Compute the Linear with `W Q`."""
 
         @functools.wraps(base.forward)
-        def forward(self: Any, input: Tensor, reflected: Tensor | None = None) -> Any:
+        def forward(self: Any, input: Tensor, *, reflected: bool = False) -> Any:
             adapters: Any = self._modules[REFLECTION]
             own = self._parameters
             weight = own["weight"] if "weight" in own else adapters.weight_of(self)
             bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401  # `get` would always read self.bias
             if adapters.fan_in_fan_out:  # transformers' `Conv1D`
                 weight = weight.mT
-            if reflected is not None:
-                return F.linear(reflected, weight, bias)
-            factors = factors_for(adapters, input)
+            factors = None if reflected else factors_for(adapters, input)
             return F.linear(input, weight, bias) if factors is None else linear(input, factors, weight, bias)
 
         return {**super().wrap(base), "forward": forward}

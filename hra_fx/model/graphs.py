@@ -2,7 +2,7 @@
 
 The first node of a `GraphModule` with adapters computes the factors of all layers in batches:
 
-    f = hra_factors();  ...;  h = layer.hra_u(x, f);  y = layer(x, h)
+    f = hra_factors();  ...;  h = layer.hra_u(x, f);  y = layer(h, reflected=True)
 
 The forward of an adapted model does the same before it calls the forward of its class. The class of a `GraphModule` is
 not changed, because fx creates a separate class for each copy.
@@ -27,6 +27,7 @@ from hra_fx.passes.graph import UnpicklingTracer, graph_module
 from hra_fx.passes.insert import insert
 from hra_fx.passes.match import match
 from hra_fx.passes.trace import trace
+from hra_fx.selection.origin import GraphPart
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
@@ -86,11 +87,8 @@ def _trace(model: nn.Module, layers: list[nn.Module], example_inputs: Any, *, on
     return insert(made, match(made))
 
 
-class BatchedFactors(nn.Module):
+class BatchedFactors(GraphPart):
     """Computes the factors of all layers of a graph. It does not have parameters or children."""
-
-    # fx keeps a call without users for such modules. The child holds the state of the model.
-    _is_impure = True
 
     #: The state of the model, from `attach_state`.
     state: Any = None

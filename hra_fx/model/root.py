@@ -37,6 +37,8 @@ class AdaptedModel(SwapMixin):
 
         The factors are computed in `forward`, because hooks may first move the model or gather its parameters.
         """
+        if not isinstance(self, AdaptedModel):  # torch.compile keeps this method when the adapters are removed
+            return self(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         return during(RUNNING.run or WITHOUT_FACTORS, super().__call__, *args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import fx, nn
 
 from hra_fx.errors import AdapterError, FoldError
 from hra_fx.layers.accelerate_hooks import keep_loaded, offloading_hook
@@ -13,6 +13,7 @@ from hra_fx.layers.class_swap import is_swapped, mixins_of
 from hra_fx.layers.sharding import is_dtensor, is_trained_by_zero, reshard, sharded_by
 from hra_fx.layers.target import REFLECTION, full_shape, weight_place
 from hra_fx.layers.trained_copies import get_copies
+from hra_fx.passes.fold import check_reflections
 
 #: What an action needs -> the states of a module that prevent it. FSDP2 gathers vectors and weights when they are read.
 _PREVENTED_BY = {
@@ -52,7 +53,10 @@ def check_whole(model: nn.Module, action: str, needs: str = "vectors") -> None:
     Raises:
         AdapterError: the model is sharded or offloaded, or another tool has replaced a class.
         FoldError: the same, if `needs` is "writing".
+        GraphInvariantError: the reflections of a graph cannot be removed, which all but "vectors" and "weights" needs.
     """
+    if isinstance(model, fx.GraphModule) and needs not in ("vectors", "weights"):
+        check_reflections(model)
     kind = FoldError if needs == "writing" else AdapterError
     modules = dict(model.named_modules())
     for path, module in modules.items():

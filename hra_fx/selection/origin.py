@@ -16,6 +16,13 @@ from hra_fx.layers.class_swap import original_class
 _KEY = "_hra_origin"
 
 
+class GraphPart(nn.Module):
+    """A module that a graph has but its model does not. Configurations do not select it."""
+
+    #: Keeps a call in `graph.eliminate_dead_code()`, also if its result is not used.
+    _is_impure = True
+
+
 @dataclass(frozen=True)
 class Origin:
     """The facts about a model.

@@ -21,7 +21,7 @@ from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
 from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
-from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
+from hra_fx.selection.origin import DEFAULT_TARGETS, GraphPart, origin_of
 from hra_fx.selection.parameters import parameters_hint, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import available, format_names, some_of, suffixes
 
@@ -44,13 +44,22 @@ _SUPPORTED = (
 
 
 def walk(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> Modules:
-    """The modules of a model. `modules` are the items of `named_modules(remove_duplicate=False)`, if known."""
+    """The modules of a model, without those that adapters or a graph added.
+
+    `modules` are the items of `named_modules(remove_duplicate=False)`, if known.
+    """
     every = state_modules(model, remove_duplicate=False) if modules is None else state_paths(modules)
-    return {
-        path: module
-        for path, module in every
-        if ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight)
-    }
+    found, parts = {}, tuple[str, ...]()
+    for path, module in every:
+        if isinstance(module, GraphPart):
+            parts += (f"{path}.",)
+        elif (
+            ADAPTER_CHILDREN.isdisjoint(path.split("."))
+            and not isinstance(module, ExpertsWeight)
+            and not path.startswith(parts)
+        ):
+            found[path] = module
+    return found
 
 
 def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:

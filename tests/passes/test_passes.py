@@ -79,7 +79,7 @@ def test_the_pass_does_not_fold_what_transform_added() -> None:
 class LoRA(nn.Module):
     """Another adapter: `y = W x + h` with `h = B A x`."""
 
-    reflects_input = True
+    reflects_input, replaces_input = True, False
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

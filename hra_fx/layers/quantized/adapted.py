@@ -38,11 +38,9 @@ class AdaptedQuantizedLinear(AdaptedLinear):
         is_torchao = base.forward is nn.Linear.forward
 
         @functools.wraps(base.forward)
-        def forward(self: Any, input: Tensor, reflected: Tensor | None = None) -> Any:
-            if reflected is None:
-                factors = factors_for(self.hra_u, input)
-                reflected = input if factors is None else reflect_rows(input, factors)
-            x: Tensor = reflected
+        def forward(self: Any, input: Tensor, *, reflected: bool = False) -> Any:
+            factors = None if reflected else factors_for(self.hra_u, input)
+            x = input if factors is None else reflect_rows(input, factors)
             given = x.detach()
             output = F.linear(given, self.hra_base, self.bias) if is_torchao else base.forward(self, given)
             if torch.is_grad_enabled() and x.requires_grad:
