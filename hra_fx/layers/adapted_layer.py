@@ -1,7 +1,7 @@
 """The base class of adapted layers.
 
-A layer applies its own adapters in every call. A graph that has already computed the reflection passes it as the second
-argument, and the layer only multiplies. All other callers (a method such as timm's `forward_features`,
+A layer applies its own adapters in every call. In a graph, a node before the layer computes the reflection, and the
+argument `reflected` tells the layer to only multiply. All other callers (a method such as timm's `forward_features`,
 `nn.Sequential(*model.children())`, a hook, a second parent) pass only the input and get the same result.
 """
 
