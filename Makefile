@@ -26,7 +26,7 @@ RELEASE       := .venv-release
 runnable       = $(shell for p in $$(which -a $(1)) $(PYTHON); do $$p -c 'import ensurepip' && echo $$p && break; done 2>/dev/null)
 LOWEST_PYTHON ?= $(call runnable,python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
-VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
+VERSION_TESTS := tests/functional tests/layers tests/passes tests/api tests/tracing tests/export \
 	tests/model tests/zoo/test_zoo.py tests/test_versions.py tests/integrations/peft_parity \
 	tests/integrations/transformers_use tests/integrations/trl_use \
 	tests/integrations/distributed/test_offloaded.py tests/lora/test_in_peft.py \

@@ -13,13 +13,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hra_fx import errors
+from hra_fx import errors, removed
 from hra_fx.errors import *  # noqa: F403
-from hra_fx.removed import raise_if_removed
 from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
-    from hra_fx import integrations as integrations
     from hra_fx.api.fold_checkpoint import fold_checkpoint as fold_checkpoint
     from hra_fx.api.from_peft import from_peft as from_peft
     from hra_fx.api.load import load_adapter as load_adapter
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
         PeftModel as PeftModel,
         get_peft_model as get_peft_model,
     )
+    from hra_fx.api.pretrained import push_to_hub as push_to_hub
     from hra_fx.api.transform import transform as transform
     from hra_fx.checkpoint.saving import (
         get_peft_model_state_dict as get_peft_model_state_dict,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from hra_fx.config import HRAConfig as HRAConfig
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.export.training_step import export_training_step as export_training_step
-    from hra_fx.integrations.pretrained import push_to_hub as push_to_hub
     from hra_fx.layers.weight import effective_weight as effective_weight
     from hra_fx.lora.save import (
         LoraResult as LoraResult,
@@ -61,7 +59,6 @@ if TYPE_CHECKING:
         distance_to_base as distance_to_base,
     )
     from hra_fx.training.own_texts import own_texts as own_texts
-    from hra_fx.training.pairs import train_pairs as train_pairs
     from hra_fx.training.protect import Protection as Protection, protect as protect, unprotect as unprotect
     from hra_fx.view.network import to_networkx as to_networkx
     from hra_fx.view.picture import visualize as visualize
@@ -79,7 +76,7 @@ _NAMES = {
     "config": ("HRAConfig",),
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),
     "export.training_step": ("export_training_step",),
-    "integrations.pretrained": ("push_to_hub",),
+    "api.pretrained": ("push_to_hub",),
     "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
     "model.fold": ("fold",),
@@ -93,7 +90,6 @@ _NAMES = {
     "reporting.report": ("Report", "report"),
     "training.distance": ("add_distance_to_base", "distance_to_base"),
     "training.own_texts": ("own_texts",),
-    "training.pairs": ("train_pairs",),
     "training.protect": ("Protection", "protect", "unprotect"),
     "view.network": ("to_networkx",),
     "view.picture": ("visualize",),
@@ -105,10 +101,9 @@ __all__ = sorted({*_HOMES, *errors.__all__})
 
 
 def __getattr__(name: str) -> Any:
-    if name == "integrations":  # its removed names raise errors that say what to write instead
-        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
-        raise_if_removed(name)
+        if name in removed.NAMES:  # an AttributeError of `from hra_fx import name` would not show the message
+            raise ImportError(removed.message(name))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
@@ -116,4 +111,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, "integrations"})
+    return sorted({*globals(), *_HOMES})

@@ -18,7 +18,6 @@ from hra_fx.atomic_write import atomic_write
 from hra_fx.config_fields import check_field
 from hra_fx.errors import ConfigError, HRAWarning
 from hra_fx.hub import local_folder
-from hra_fx.removed import check_arguments
 
 CONFIG_NAME = "adapter_config.json"
 #: Fields that PEFT's `HRAConfig` does not have -> values that are not written.
@@ -92,11 +91,6 @@ class HRAConfig:
     target_parameters: Collection[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     pairs: bool = True
-
-    def __new__(cls, *args: object, **kwargs: object) -> HRAConfig:
-        """Say what to use instead of removed fields."""
-        check_arguments("HRAConfig", kwargs)
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check each field and convert it to one form, then check the fields that depend on each other."""
@@ -174,14 +168,12 @@ class HRAConfig:
 
         Raises:
             ConfigError: a field has a wrong value, as in the constructor.
-            TypeError: a field that was removed in 0.5 is set.
 
         Warns:
             HRAWarning: entries that have a value are ignored because they are not fields, as in PEFT.
         """
         known = {name: value for name, value in values.items() if name in _field_names()}
         unknown = [name for name, value in values.items() if name not in known and value]
-        check_arguments("HRAConfig", unknown)
         if unknown:
             text = f"the configuration has entries that are not fields of HRAConfig and are ignored: {sorted(unknown)}."
             warnings.warn(text, HRAWarning, stacklevel=2)

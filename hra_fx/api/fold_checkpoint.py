@@ -20,7 +20,6 @@ from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.model.fold import fold
 from hra_fx.model.state import adapted_layers
 from hra_fx.model.switch import set_adapter
-from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
 
 #: Names of files of weights, in any format. Those of the base model are not copied.
@@ -39,7 +38,6 @@ class CheckpointReport:
         return f"{self.folder}: {len(self.rotated):,} layer{'s' * (len(self.rotated) != 1)} rotated"
 
 
-@without_removed_arguments
 def fold_checkpoint(
     base_dir: Source,
     adapter_dir: Source | Sequence[Source],
@@ -109,7 +107,7 @@ def fold_checkpoint(
         shutil.rmtree(staged, ignore_errors=True)
     if missing := sorted(stored_dtypes(base).keys() - stored_dtypes(out).keys()):
         text = f"{out}: has no {some_of(missing, 4)}, which the class of the model does not use, or ties to others."
-        warnings.warn(text, HRAWarning, stacklevel=3)
+        warnings.warn(text, HRAWarning, stacklevel=2)
     return CheckpointReport(out, rotated)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hra_fx.api.peft_model import HRAModel, as_hra_model
 from hra_fx.api.peft_wrapper import hand_over
+from hra_fx.api.pretrained import root_class_for
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_layer, refuse_hidden_names
 from hra_fx.model.remove import remove_adapters

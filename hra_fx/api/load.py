@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hra_fx.api.pretrained import root_class_for
 from hra_fx.checkpoint.adapter import fit
 from hra_fx.checkpoint.folder import find
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
-from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.model.reset import layers_of, replace_adapter

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from hra_fx.api import pretrained
 from hra_fx.api.load import load_adapter
 from hra_fx.api.peft_class import BaseModel, PeftAttributes, adapt, add_methods
 from hra_fx.config import HRAConfig
-from hra_fx.integrations import pretrained
 from hra_fx.layers.peft_layers import refuse_hidden_names
 from hra_fx.model import merge, remove, switch, trainable
 from hra_fx.model.fold import fold

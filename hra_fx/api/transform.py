@@ -6,23 +6,21 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from hra_fx.api.pretrained import root_class_for
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.export.program import refuse_program
-from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.layers.weight import mark_readers
 from hra_fx.model.inject import random_init
 from hra_fx.model.setup import put_adapter, valid_config
 from hra_fx.model.state import adapted_layers, check_is_module, get_state
+from hra_fx.model.whole import refuse_program
 from hra_fx.passes import adapt
-from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.select import with_head
 
 M = TypeVar("M", bound=nn.Module)
 
 
-@without_removed_arguments
 def transform(
     model: M,
     config: HRAConfig,

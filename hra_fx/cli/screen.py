@@ -18,7 +18,6 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hra_fx.errors import HRAError, HRAWarning
-from hra_fx.removed import COMMAND_LINE
 from hra_fx.reporting.table import UNLIMITED
 from hra_fx.reporting.words import plain
 
@@ -70,14 +69,6 @@ def _print(stream: TextIO, *parts: Any) -> None:
 
 class ErrorHandlingGroup(TyperGroup):
     """Runs commands, and prints their errors as one line."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse what was removed."""
-        for word in (arg.partition("=")[0] for arg in args):
-            if word in COMMAND_LINE and (word.startswith("-") or word == args[0]):
-                print_message("error", f"{word} was removed in 0.5. {COMMAND_LINE[word]}", "bold red")
-                raise typer.Exit(FAILED)
-        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

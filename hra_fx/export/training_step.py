@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree, require
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.example_inputs import normalize_inputs, preserve_rng_state, separated_inputs
-from hra_fx.export.program import refuse_program
 from hra_fx.layers.batch import exported_batch
+from hra_fx.model.whole import refuse_program
 from hra_fx.passes.exported import exporting, without_caches
 from hra_fx.passes.inputs import argument_names
 from hra_fx.passes.nodes import replace_node

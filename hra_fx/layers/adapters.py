@@ -19,8 +19,8 @@ from hra_fx.compat import is_plain_eager
 from hra_fx.errors import AdapterError
 from hra_fx.functional import chain as chains, geodesic, householder
 from hra_fx.functional.chain import chain_of, pairs_shape, to_pairs, without
+from hra_fx.functional.factors import Changes, Factors, batched_factors
 from hra_fx.functional.rotate import as_rows, rows_to_weight
-from hra_fx.kernels.factors import Changes, Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapter_states import check_orthonormal, prepare_load, why_refused
 from hra_fx.layers.running import WITHOUT_FACTORS, Run, during, factors_for

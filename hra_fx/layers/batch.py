@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx import compat
+from hra_fx.functional.factors import Changes, Factors, batched_factors
 from hra_fx.functional.householder import products_dtype, working_dtype
-from hra_fx.kernels.factors import Changes, Factors, batched_factors
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapter_states import check_orthonormal
 from hra_fx.layers.adapters import HouseholderAdapters, Place

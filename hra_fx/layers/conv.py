@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx.kernels.factors import Factors
+from hra_fx.functional.factors import Factors
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.running import factors_for

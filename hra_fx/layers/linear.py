@@ -1,6 +1,6 @@
 """A Linear with adapters: `y = (x + (x F^T) R) W^T + b`, with the factors of its chain of reflections.
 
-`Q^T` acts on the rows of the input: `x Q^T = x + (x F^T) R` (`hra_fx.kernels.factors`). `W Q` itself is never computed.
+`Q^T` acts on the rows of the input: `x Q^T = x + (x F^T) R` (`functional/factors.py`). `W Q` itself is never computed.
 The second term of the output can also be computed on the output side, as `(x F^T) (R W^T)`. The product `R W^T` costs
 about as much as `k` rows. But if `x` does not need a gradient, as in the first layers of a model, it does not need a
 product with `W` in the backward.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx.kernels.factors import Factors
+from hra_fx.functional.factors import Factors
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.running import factors_for

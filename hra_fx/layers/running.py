@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
+from hra_fx.functional.factors import Changes, Factors
 from hra_fx.functional.householder import products_dtype
-from hra_fx.kernels.factors import Changes, Factors
 
 #: Where a tensor is, its name there, the tensor, and its version and address when something was computed from it.
 Source: TypeAlias = tuple[dict[str, Any], str, Tensor, int, int]

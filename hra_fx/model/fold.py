@@ -15,14 +15,12 @@ from hra_fx.model.merge import check_layers, folded_weight, unmerge_adapter
 from hra_fx.model.remove import remove_adapters
 from hra_fx.model.state import root_of, unwrap
 from hra_fx.model.trainable import tied_groups
-from hra_fx.removed import without_removed_arguments
 
 M = TypeVar("M", bound=nn.Module)
 #: The setting of a configuration that makes transformers tie weights when it loads a model.
 _TIE = "tie_word_embeddings"
 
 
-@without_removed_arguments
 def fold(model: M) -> M:
     """Fold the active adapters into the weights in place, `W <- W Q`, and remove all adapters.
 
@@ -80,10 +78,10 @@ def fold(model: M) -> M:
         setattr(config, _TIE, False)
     if settings:
         text = f"a trained copy of a tied weight was folded, so config.{_TIE} is now False."
-        warnings.warn(text, HRAWarning, stacklevel=3)
+        warnings.warn(text, HRAWarning, stacklevel=2)
     if dropped:
         text = f"adapters {dropped} were not active and are removed."
-        warnings.warn(text, HRAWarning, stacklevel=3)
+        warnings.warn(text, HRAWarning, stacklevel=2)
     return unwrap(model) if is_of_peft(model) else model
 
 

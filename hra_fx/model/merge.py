@@ -18,11 +18,9 @@ from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, root_of
 from hra_fx.model.trainable import sync_layers
 from hra_fx.model.whole import check_whole
-from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.tied import how_to_untie, tied_to
 
 
-@without_removed_arguments
 def merge_adapter(model: nn.Module) -> None:
     """Fold the active adapters into the weights temporarily, so that a forward is as fast as the base model's.
 

@@ -16,10 +16,8 @@ from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, collect_parts, names_in, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
 from hra_fx.model.whole import check_whole
-from hra_fx.removed import without_removed_arguments
 
 
-@without_removed_arguments
 def reset_adapters(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
     """Initialize the vectors of adapters again as configured.
 

@@ -24,7 +24,6 @@ from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, in_order
 from hra_fx.model.state import check_not_replaced, get_state
-from hra_fx.removed import NAMES
 
 
 class AdaptedModel(SwapMixin):
@@ -50,7 +49,9 @@ class AdaptedModel(SwapMixin):
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("adapter_names") is not None:  # models that take any keyword argument would ignore it
-                raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
+                raise TypeError(
+                    "`adapter_names` is not supported. Group the rows by adapter, and call the model once for each."
+                )
             if not torch.compiler.is_dynamo_compiling():
                 run = start(self, functools.partial(_acting_layers, self))
                 return _watched(self, during(run, base.forward, self, *args, **kwargs))

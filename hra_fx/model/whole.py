@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from hra_fx.compat import loaded_class
 from hra_fx.errors import AdapterError, FoldError
 from hra_fx.layers.accelerate_hooks import keep_loaded, offloading_hook
 from hra_fx.layers.adapters import HouseholderAdapters, get_adapters
@@ -36,6 +37,14 @@ _DEEPSPEED = (
     "Add adapters before deepspeed.initialize or TrainingArguments, or save the adapter and load it into a new model"
 )
 _HOOKS = "Call accelerate.hooks.remove_hook_from_submodules(model) first, and offload the model again afterwards"
+
+
+def refuse_program(model: object) -> None:
+    """Raise an error for a `torch.export.ExportedProgram`, whose operators read parameters without calls of layers."""
+    if isinstance(model, loaded_class("torch.export", "ExportedProgram")):
+        raise AdapterError(
+            "`model` is an ExportedProgram. Adapt the model before torch.export: hra_fx.transform(model, config)."
+        )
 
 
 def check_whole(model: nn.Module, action: str, needs: str = "vectors") -> None:

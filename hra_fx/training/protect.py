@@ -21,7 +21,6 @@ from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.model.state import AdapterState, adapted_layers, check_unmerged, root_of, unwrap
 from hra_fx.model.whole import check_whole
-from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
 from hra_fx.training.inputs import sketches_of
 from hra_fx.training.own_texts import own_texts
@@ -54,7 +53,6 @@ class Protection:
 
 
 @torch.inference_mode(False)
-@without_removed_arguments
 def protect(
     model: nn.Module,
     samples: Any = None,
@@ -127,7 +125,7 @@ def protect(
             "protect: `samples` do not protect these layers, because no sample reached them, or because the model also "
             f"uses their weights in a way that is not known, such as transposed: {some_of(unseen)}."
         )
-        warnings.warn(text, HRAWarning, stacklevel=4)  # of the caller: there are two decorators
+        warnings.warn(text, HRAWarning, stacklevel=3)  # of the caller: there is a decorator
     new = {path: sketch.basis(directions, earlier.get(path)) for path, sketch in found.items()}
     return _keep(layers, state, {**earlier, **new}, found)
 

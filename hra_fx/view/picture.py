@@ -9,7 +9,6 @@ from typing import Any
 
 from hra_fx.atomic_write import atomic_write
 from hra_fx.errors import VisualizeError
-from hra_fx.removed import without_removed_arguments
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.opening import Opening, opening
 from hra_fx.view.page import render_page
@@ -20,7 +19,6 @@ from hra_fx.view.tree import Scope
 FORMATS: Mapping[str, Callable[[Drawing, Scope, Opening], str]] = {".svg": render_svg, ".html": render_page}
 
 
-@without_removed_arguments
 def visualize(
     model: Any,
     path: str | os.PathLike[str],

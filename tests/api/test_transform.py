@@ -161,7 +161,7 @@ def for_type_checkers() -> dict[str, str]:
 
 
 def test_lazy_names_are_those_that_type_checkers_see() -> None:
-    assert for_type_checkers() == hra_fx._HOMES | {"integrations": "hra_fx"}
+    assert for_type_checkers() == hra_fx._HOMES
 
 
 def test_every_error_is_public_and_nothing_else() -> None:

@@ -18,7 +18,6 @@ from moe_models import TARGETS, built
 from safetensors.torch import load_file, save_file
 
 import hra_fx
-from hra_fx.removed import COMMAND_LINE
 
 # ---- inspect ----
 
@@ -86,15 +85,6 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     assert done.err.startswith(f"warning: {out}: has no mtp, which the class of the model does not use, or ties to")
     swapped = mistake("fold", shelf / "my-adapter", base, tmp_path / "new")
     assert swapped.startswith(f"{shelf / 'my-adapter'}/config.json: no such file. Pass the folder of a transformers")
-
-
-@pytest.mark.parametrize("word", COMMAND_LINE)
-def test_what_was_removed(shelf: Shelf, word: str, tmp_path: Path) -> None:
-    words = (
-        [word] if word == "visualize" else ["fold", shelf / "my-model", shelf / "my-adapter", tmp_path / "out", word]
-    )
-    assert mistake(*words) == f"{word} was removed in 0.5. {COMMAND_LINE[word]}"
-    assert not list(tmp_path.iterdir())
 
 
 # ---- convert ----

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from docs.guide_names import GIVEN, given
 from documents import DOCS, ROOT, python_blocks, run_blocks
 from torch import distributed
 from transformers import training_args
 
 import hra_fx
-from hra_fx import integrations, passes
+from hra_fx import passes
 
 #: The changelog and the guide for upgrades name what was removed.
 DOCUMENTS = [
@@ -63,6 +64,7 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in given.items():
         monkeypatch.setenv(name, str(value))
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the mixed precision of a guide in the process
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -106,6 +108,5 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     pages = [page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")]
     shown = Counter(re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE))
     names = {f"hra_fx.{name}" for name in hra_fx.__all__}
-    names |= {f"hra_fx.integrations.{name}" for name in integrations.__all__}
     names |= {f"{getattr(passes, name).__module__}.{name}" for name in passes.__all__}
     assert shown == Counter(names)

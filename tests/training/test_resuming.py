@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hra_fx
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(3))
 AdamW = partial(torch.optim.AdamW, lr=0.03, weight_decay=0.1, fused=True)
@@ -218,12 +218,6 @@ def test_directions_of_another_shape_are_refused() -> None:
     state["0.hra_u.default_kept"] = state["0.hra_u.default_kept"][1:]
     with pytest.raises(AdapterError, match=r"size mismatch for 0\.hra_u\.default_kept: .*\(6, 2\), .*\(5, 2\)"):
         adapted("protected", 2, None).load_state_dict(state, strict=False)
-
-
-def test_train_pairs_of_a_script_of_0_4_does_nothing_and_says_so() -> None:
-    model = adapted("pairs", 1)
-    with pytest.warns(HRAWarning, match=r"^train_pairs does nothing since 0\.5"):
-        hra_fx.train_pairs(optimizer_of(model), model, difference=0.2)
 
 
 def test_parameters_alone_are_not_the_state_of_a_protected_adapter() -> None:

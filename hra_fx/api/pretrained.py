@@ -17,7 +17,6 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import on_first_rank
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.root import AdaptedModel
-from hra_fx.removed import removed_method
 
 
 def save_pretrained(
@@ -91,13 +90,15 @@ def push_to_hub(
         return on_first_rank(model.parameters(), upload)
 
 
-def _refused(name: str) -> Callable[..., NoReturn]:
-    """A method that raises an error, because that of the base class replaces layers."""
+def _refused(
+    name: str, effect: str = "would replace adapted layers, which would lose their adapters."
+) -> Callable[..., NoReturn]:
+    """A method that raises an error, because that of the base class replaces layers or knows PEFT's adapters only."""
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
         raise AdapterError(
-            f"{type(self).__name__}: {name} would replace adapted layers, which would lose their adapters. Call it "
-            "before hra_fx.transform or hra_fx.load_adapter, or after hra_fx.fold."
+            f"{type(self).__name__}: {name} {effect} Call it before hra_fx.transform or hra_fx.load_adapter, or after "
+            "hra_fx.fold."
         )
 
     return method
@@ -116,9 +117,8 @@ class AdaptedPretrainedModel(AdaptedModel):
     dequantize = _refused("dequantize")
     fuse_qkv_projections = _refused("fuse_qkv_projections")
     resize_token_embeddings = _refused("resize_token_embeddings")
-    # Those of diffusers would do nothing.
-    delete_adapters = removed_method("delete_adapters")
-    set_adapters = removed_method("set_adapters")
+    delete_adapters = _refused("delete_adapters", "would do nothing: use hra_fx.delete_adapter.")
+    set_adapters = _refused("set_adapters", "would do nothing: use hra_fx.set_adapter and hra_fx.set_scale.")
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing while adapters have trained copies: the base class would overwrite those of tied weights."""

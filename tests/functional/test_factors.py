@@ -14,7 +14,7 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hra_fx.kernels.factors import batched_factors
+from hra_fx.functional.factors import batched_factors
 from hra_fx.layers.linear import reflect_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
