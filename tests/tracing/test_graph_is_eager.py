@@ -130,8 +130,9 @@ class Valued(nn.Module):
 
 
 def test_a_graph_that_keeps_the_value_of_a_parameter_is_refused() -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["first"])
     with pytest.raises(hra_fx.AdapterError, match="cannot capture Valued"):
-        hra_fx.transform(Valued(), hra_fx.HRAConfig(r=2, target_modules=["first"]), trace=True, example_inputs=rows(3, 0))
+        hra_fx.transform(Valued(), config, trace=True, example_inputs=rows(3, 0))
 
 
 def test_a_graph_has_the_nodes_of_the_adapters_that_are_left() -> None:
