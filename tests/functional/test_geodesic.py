@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from one_layer import F64, normal
 from oracles import dense_product, relative_error
 from torch import Tensor
@@ -95,6 +95,9 @@ def assert_a_path(chain: Tensor, a: float = 0.3, b: float = 0.45) -> None:
     seeds,
     alphas,
 )
+# Several planes by exactly pi / 2: the eigenvalues of a plane must not be split between the halves.
+@example([math.pi / 2] * 3, 0, 0, 0.5)
+@example([math.pi / 2] * 3, 2, 1, 0.3)
 def test_any_angles_below_pi_are_scaled(angles: list[float], more: int, seed: int, alpha: float) -> None:
     d = max(1, 2 * len(angles) + more)
     chain = reflections_of(rotation(seed, d, angles))

@@ -116,3 +116,40 @@ def test_a_graph_of_torch_fx_and_its_copies_do_what_eager_mode_does(make: type[n
     for copied in COPIES[:2]:
         pair.graph = copied(pair.graph)
         pair.check()
+
+
+class Valued(nn.Module):
+    """Reads the value of a parameter, which a graph would keep as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x) * float(self.first._parameters["bias"][0].detach()))
+
+
+def test_a_graph_that_keeps_the_value_of_a_parameter_is_refused() -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["first"])
+    with pytest.raises(hra_fx.AdapterError, match="cannot capture Valued"):
+        hra_fx.transform(Valued(), config, trace=True, example_inputs=rows(3, 0))
+
+
+def test_a_graph_has_the_nodes_of_the_adapters_that_are_left() -> None:
+    def graph(*targets: str) -> fx.GraphModule:
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+        made = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=[*targets]), trace=True)
+        assert isinstance(made, fx.GraphModule)
+        return made
+
+    def nodes(made: fx.GraphModule) -> list[tuple[str, str]]:
+        return [(node.op, str(node.target)) for node in made.graph.nodes]
+
+    model = graph("0", "2")
+    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=2, target_modules=["2"]))
+    assert nodes(model) == nodes(graph("0", "2"))
+    with pytest.warns(hra_fx.HRAWarning, match="'other' is active now"):
+        hra_fx.delete_adapter(model, "default")
+    assert nodes(model) == nodes(graph("2"))
+    hra_fx.delete_adapter(model, "other")
+    assert nodes(model) == nodes(fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))))
