@@ -51,7 +51,8 @@ _LARGE = 1 << 18
 
 #: What in a model may be the reason of a difference, for each call.
 _REASONS = {
-    "the example": "its forward asks for the class of a value (isinstance), or changes the mode of a part",
+    "the example": "its forward asks for the class of a value (isinstance), changes the mode of a part, or fills a "
+    "buffer in its first call, so call the model once before",
     "the example with adapters": "its forward reads the parameters, the state_dict or the class of a layer",
     "other values": "its forward branches on values, or keeps a value of an earlier call",
     "an input of size 1": "its forward branches on a size",
