@@ -171,7 +171,8 @@ class Trial(Runs):
             pass
         self.result.traced = BY_EXPORT
         base, example = copy.deepcopy(self.base), self.example()
-        self.run(base)  # as users do; the first call of some models fills a buffer
+        args, kwargs = self.inputs(0, 0)
+        base.eval()(*args, **kwargs)  # as users do first; the first call of some models fills a buffer
         try:
             return hra_fx.transform(base, self.config, trace=True, example_inputs=example)
         except hra_fx.HRAError as error:
