@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_other_bases_are_not_refused(other: str, case: Case, tmp_path: Path) -> 
     elif other == "another adapter folded":
         base = hra_fx.fold(adapted(base, **fields))
     hra_fx.load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize(("part", "is_refused"), [(0.3, False), (0.6, False), (0.75, True)])
+def test_a_base_between_both_is_refused_if_it_is_twice_as_near_to_the_folded_one(
+    part: float, is_refused: bool, tmp_path: Path
+) -> None:
+    """As of a base that another training moved."""
+    base = nn.Sequential(nn.Linear(24, 16))
+    model = adapted(base)
+    hra_fx.save_adapter(model, tmp_path)
+    base[0].weight.data.lerp_(hra_fx.fold(model)[0].weight.data, part)
+    with pytest.raises(CheckpointError, match="already contains") if is_refused else nullcontext():
+        hra_fx.load_adapter(base, tmp_path)
 
 
 def test_a_fresh_adapter_fits_its_own_folded_base_and_a_merged_one_does_not(tmp_path: Path) -> None:

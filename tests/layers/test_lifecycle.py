@@ -111,22 +111,6 @@ def test_files_and_states_are_loaded_with_and_without_memory(
 
 
 @sorts
-def test_merge_and_unmerge(case: Case, fields: dict[str, Any]) -> None:
-    base, model = case.pair(**fields)
-    wanted = case.dense(base, model)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    hra_fx.merge_adapter(model)
-    assert_same(case.run(model), wanted)
-    for name, weight in dense_weights(base, model).items():
-        assert_same(model.state_dict()[name], weight.detach())
-    hra_fx.unmerge_adapter(model)
-    assert_same(case.run(model), wanted)
-    assert dict.fromkeys(before, True) == {
-        name: torch.equal(value, before[name]) for name, value in model.state_dict().items()
-    }
-
-
-@sorts
 def test_effective_weights_are_dense_products(case: Case, fields: dict[str, Any]) -> None:
     base, model = case.pair(**fields)
     for name, wanted in dense_weights(base, model).items():
@@ -140,41 +124,29 @@ def test_effective_weights_are_dense_products(case: Case, fields: dict[str, Any]
 
 
 @every
-def test_two_adapters_are_applied_in_the_given_order_and_one_is_folded(case: Case) -> None:
-    base, model = two(case)
-    assert_same(case.run(model), case.dense(base, model))
+def test_two_adapters_are_applied_in_order_merged_folded_and_deleted(case: Case) -> None:
+    """`test_any_order.py` does the same steps in any order, for Linear layers."""
+    (base, model), names = two(case), ["default", "other"]
     assert not any(vectors.requires_grad for vectors in vectors_of(model, "other").values())
-    hra_fx.set_adapter(model, ["default", "other"])
-    for training in (True, False):
-        base.train(training), model.train(training)
-        outputs = []
-        for run in (lambda: case.run(model), lambda: case.dense(base, model, "default", "other")):
-            torch.manual_seed(3)
-            outputs.append(run())
-        assert_same(*outputs)
-        vectors = [*vectors_of(model).values(), *vectors_of(model, "other").values()]
-        for mine, oracle in zip(*(gradients(output, vectors) for output in outputs), strict=True):
-            assert_same(mine, oracle, rtol=1e-8)
-    for names in (["other", "default"], ["other"], ["default"]):
-        hra_fx.set_adapter(model, names)
-        assert_same(case.run(model), case.dense(base, model, *names))
-    hra_fx.set_adapter(model, [])
-    assert_same(case.run(model), case.run(base), rtol=1e-14)
-    hra_fx.set_adapter(model, ["default", "other"])
-    wanted = case.dense(base, model, "default", "other")
-    hra_fx.fold(model)
+    for order in ([], ["other", "default"], names):
+        hra_fx.set_adapter(model, order)
+        wanted = case.dense(base, model, *order) if order else case.run(base)
+        assert_same(case.run(model), wanted, rtol=1e-10 if order else 1e-14)
+    vectors = [*vectors_of(model).values(), *vectors_of(model, "other").values()]
+    for mine, oracle in zip(*(gradients(output, vectors) for output in (case.run(model), wanted)), strict=True):
+        assert_same(mine, oracle, rtol=1e-8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hra_fx.merge_adapter(model)
     assert_same(case.run(model), wanted)
-
-
-@every
-def test_a_deleted_adapter_leaves_no_trace(case: Case) -> None:
-    base, model = two(case)
-    hra_fx.set_adapter(model, ["other", "default"])
+    for name, weight in dense_weights(base, model, names).items():
+        assert_same(model.state_dict()[name], weight.detach())
+    hra_fx.unmerge_adapter(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same(case.run(hra_fx.fold(copy.deepcopy(model))), wanted)
     alone = other_start(case)
     hra_fx.delete_adapter(model, "other")
     assert list(model.state_dict()) == list(alone.state_dict())
     assert [type(part) for part in model.modules()] == [type(part) for part in alone.modules()]
-    assert [row.path for row in hra_fx.report(model)] == [row.path for row in hra_fx.report(alone)]
     assert_same(case.run(model), case.dense(base, model))
     hra_fx.delete_adapter(model, "default")
     assert list(model.state_dict()) == list(base.state_dict())

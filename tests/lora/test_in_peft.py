@@ -52,6 +52,21 @@ def test_several_adapters_in_order_and_with_scales(kind: str, first: float, seco
     assert relative_error(exported_change(tensors, "0"), dense_change(model[0], ["b", "a"])) < 4e-6
 
 
+@pytest.mark.parametrize(("biases", "wanted"), [(("all", "none"), "all"), (("none", "hra_only"), "lora_only")])
+def test_the_bias_of_a_lora_is_that_of_the_adapter_with_the_most_biases(
+    biases: tuple[str, str], wanted: str, tmp_path: Path
+) -> None:
+    """PEFT loads only the biases that its configuration names."""
+    model = adapted("Linear", *(HRAConfig(r=2, target_modules=["0"], bias=bias) for bias in biases))
+    hra_fx.save_as_lora(model, tmp_path)
+    assert peft.LoraConfig.from_pretrained(tmp_path).bias == wanted
+    x, base = torch.randn(3, 12), nn.Sequential(copy.deepcopy(hra_fx.fold(copy.deepcopy(model))[0]))
+    with torch.no_grad():
+        base[0].weight.copy_(model[0].hra_base)
+        base[0].bias.zero_()
+    torch.testing.assert_close(loaded(base, tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_model_is_unchanged(merged: bool) -> None:
     """For a merged adapter, the change is relative to the base weight before the merge."""

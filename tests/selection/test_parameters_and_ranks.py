@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from model.many import adapted, assert_close, config, net, normal, oracle
 from moe_models import built, experts_config
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -97,22 +96,3 @@ PATTERNS = st.one_of(PATHS, st.sampled_from([r"layers\.\d", ".*proj", "q|v", r"^
 def test_the_first_match_is_used_as_in_lora(pattern: dict[str, int], path: str) -> None:
     wanted = pattern.get(get_pattern_key(list(pattern), path), 20)
     assert hra_fx.HRAConfig(r=20, rank_pattern=pattern).rank_of(path) == wanted
-
-
-RANKS = {"first": 3, "second": 2, "head": 4}
-
-
-def ranked(**fields: Any) -> hra_fx.HRAConfig:
-    return config("first", "second", "head", **{"r": 4, "rank_pattern": {"first": 3, r"sec\w+d": 2}, **fields})
-
-
-@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"init_weights": False}], ids=str)
-def test_layers_with_different_ranks_compute_and_fold(fields: dict[str, Any]) -> None:
-    x = normal(5, 6)
-    plain, model = adapted(net(), a=ranked(**fields))
-    assert {row.path: row.r for row in hra_fx.report(model)} == RANKS
-    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
-    assert shapes == ([(6, 3), (8, 2), (8, 4)] if fields.get("apply_GS") else [(6, 3), (8, 1, 2), (8, 2, 2)])
-    wanted = oracle(plain, model, ["a"], x)
-    assert_close(model(x), wanted)
-    assert_close(hra_fx.fold(model)(x), wanted)

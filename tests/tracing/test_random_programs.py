@@ -6,10 +6,11 @@ import copy
 import os
 import pickle
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -156,24 +157,97 @@ RIGHT = (
     "hook",
     "batch norm",
 )
+
+
+class Given(NamedTuple):
+    """Inputs and outputs with names."""
+
+    x: Tensor
+    mask: Any = None
+
+
+@dataclass
+class Record:
+    """The same as an object that torch does not look into."""
+
+    x: Any
+    mask: Any = None
+
+
 #: What a program returns.
 OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (
     lambda out: out,
     lambda out: (out, out.shape[0]),
     lambda out: {"out": out, "half": out.shape[0] / 2, "all": [out.sum()]},
+    lambda out: Given(out, out.mean()),
+    lambda out: OrderedDict(last=out, none=None),
+    lambda out: [out, {"sum": (out.sum(),)}, True],
+    lambda out: Record(out),
 )
+
+
+def flagged(self: Any, x: Tensor, mask: Any = None, flag: Any = False) -> Any:
+    return self.run(x.relu() if flag is True or flag == "relu" else x * (flag or 1), mask)
+
+
+#: Other signatures of a forward, and the calls with them: each gives the arguments for `(x, mask, flag)`.
+SIGNATURES: dict[str, tuple[Callable[..., Any], list[Callable[[Tensor, Any, Any], tuple[tuple[Any, ...], Any]]]]] = {
+    "keywords only": (
+        lambda self, *, x, mask=None: self.run(x, mask),
+        [lambda x, mask, flag: ((), {"x": x, "mask": mask}), lambda x, mask, flag: ((), {"mask": mask, "x": x})],
+    ),
+    "positions only": (
+        lambda self, x, mask=None, /: self.run(x, mask),
+        [lambda x, mask, flag: ((x, mask), {}), lambda x, mask, flag: ((x,), {})],
+    ),
+    "*args": (
+        lambda self, *args: self.run(args[0], args[1] if len(args) > 1 else None),
+        [lambda x, mask, flag: ((x,) if mask is None else (x, mask), {})],
+    ),
+    "**kwargs": (
+        lambda self, x, **kwargs: self.run(x, kwargs.get("mask")),
+        [lambda x, mask, flag: ((x,), {} if mask is None else {"mask": mask})],
+    ),
+    "dict": (
+        lambda self, batch: self.run(batch["x"], batch.get("mask")),
+        [
+            lambda x, mask, flag: (({"x": x, "mask": mask},), {}),
+            lambda x, mask, flag: (({"mask": mask, "x": x},), {}),
+            lambda x, mask, flag: (({"x": x},), {}),
+        ],
+    ),
+    "nested": (
+        lambda self, batch: self.run(batch[0]["x"][0], batch[1]),
+        [lambda x, mask, flag: (([{"x": (x,)}, mask],), {})],
+    ),
+    "named tuple": (lambda self, batch: self.run(*batch), [lambda x, mask, flag: ((Given(x, mask),), {})]),
+    "dataclass": (lambda self, batch: self.run(batch.x, batch.mask), [lambda x, mask, flag: ((Record(x, mask),), {})]),
+    "flags": (
+        flagged,
+        [
+            lambda x, mask, flag: ((x, mask, flag), {}),
+            lambda x, mask, flag: ((x,), {"flag": flag}),
+            lambda x, mask, flag: ((x,), {"flag": flag, "mask": mask}),
+        ],
+    ),
+    "two tensors": (
+        lambda self, x, other, mask=None: self.run(x + 2 * other[:1], mask),
+        [lambda x, mask, flag: ((x, x.flip(0), mask), {}), lambda x, mask, flag: ((x, x), {"mask": mask})],
+    ),
+}
+FLAGS = (False, True, None, 2, 0.5, "relu")
 
 
 class Program(nn.Module):
     """Two layers with some parts between them. `train()` may leave one part as it is."""
 
-    def __init__(self, seed: int, *, branches: bool) -> None:
+    def __init__(self, seed: int, *, branches: bool, returns: tuple[int, ...]) -> None:
         super().__init__()
         choice = random.Random(seed)
         torch.manual_seed(seed)
         self.first, self.leaf, self.second = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
         self.names = choice.sample(choice.choice((sorted(PARTS), RIGHT)), choice.choice((1, 1, 2, 3)))
-        self.branches, self.returns = branches, choice.choice((0, 0, 0, 1, 2))
+        self.branches, self.returns = branches, choice.choice(returns)
         self.freezes = choice.random() < 0.15
         for name in self.names:
             PARTS[name][0](self)
@@ -187,6 +261,9 @@ class Program(nn.Module):
         return self
 
     def forward(self, x: Tensor, mask: Any) -> Any:
+        return self.run(x, mask)
+
+    def run(self, x: Tensor, mask: Any) -> Any:
         if self.branches and x.shape[0] > 100:  # torch.fx refuses it
             x = x[:100]
         hidden = self.first(x)
@@ -203,18 +280,19 @@ def mask_of(kind: str, rows: int) -> Any:
 MASKS = ("none", "bool", "float", "ones")
 
 
-def observed(model: Any, rows: int, kind: str, seed: int, *, grad: bool) -> Any:
+def observed(model: Any, call: tuple[tuple[Any, ...], dict[str, Any]], seed: int, *, grad: bool) -> Any:
     """All that a call computes and changes; an error is `None`."""
     torch.manual_seed(seed)
-    x, mask = torch.randn(rows, 6), mask_of(kind, rows)
+    args, kwargs = copy.deepcopy(call)
     model.zero_grad()
     try:
         with torch.set_grad_enabled(grad):
-            output = nn.Module.__call__(model, x, mask)  # fx would print an error
+            output = nn.Module.__call__(model, *args, **kwargs)  # fx would print an error
     except Exception:
         return None
-    found = {"output": output, "buffers": [b.clone() for b in model.buffers()]}
-    tensors = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    plain = vars(output) if is_dataclass(output) else output
+    found = {"output": plain, "type": type(output).__name__, "buffers": [b.clone() for b in model.buffers()]}
+    tensors = [x for x in torch.utils._pytree.tree_leaves(plain) if isinstance(x, Tensor) and x.requires_grad]
     if tensors:
         sum(x.square().sum() for x in tensors).backward()  # type: ignore[union-attr]
         found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -223,15 +301,28 @@ def observed(model: Any, rows: int, kind: str, seed: int, *, grad: bool) -> Any:
     return found
 
 
-def check(seed: int, *, branches: bool) -> str:
+def program(seed: int, *, branches: bool, other: bool) -> tuple[Program, list[Any]]:
+    """A random program, and the ways to call it: with `other`, of another signature."""
+    if not other:
+        return Program(seed, branches=branches, returns=(0, 0, 0, 1, 2)), [lambda x, mask, flag: ((x, mask), {})]
+    forward, calls = SIGNATURES[random.Random(seed).choice(sorted(SIGNATURES))]
+    made: Any = type("Program", (Program,), {"forward": forward})
+    return made(seed, branches=branches, returns=(0, 0, 0, *range(1, len(OUTPUTS)))), calls
+
+
+def check(seed: int, *, branches: bool, other: bool = False) -> str:
     """Make a graph of a random program, and compare it with the program on random calls."""
     choice = random.Random(seed)
-    base = Program(seed, branches=branches)
-    example = torch.randn(choice.choice((2, 4)), 6)
-    call = example, mask_of(choice.choice(MASKS), len(example))
+    base, calls = program(seed, branches=branches, other=other)
+
+    def drawn_call(sizes: tuple[int, ...]) -> Any:
+        rows = choice.choice(sizes)
+        return choice.choice(calls)(torch.randn(rows, 6), mask_of(choice.choice(MASKS), rows), choice.choice(FLAGS))
+
+    example = next(call for call in iter(lambda: drawn_call((2, 4)), None) if not all(call))
     before, chance = picture(base), torch.get_rng_state()
-    try:
-        graph = hra_fx.transform(base, CONFIG, trace=True, example_inputs=call)  # now both have the adapters
+    try:  # now both have the adapters
+        graph = hra_fx.transform(base, CONFIG, trace=True, example_inputs=example[0] or example[1])
     except AdapterError:
         assert picture(base) == before and torch.equal(torch.get_rng_state(), chance)
         return "refused"
@@ -242,24 +333,28 @@ def check(seed: int, *, branches: bool) -> str:
         own = copy.deepcopy(base)
         assert list(twin.state_dict()) == list(own.state_dict()), base.names
         for _ in range(5):
-            training, rows, kind = choice.random() < 0.5, choice.choice((1, 2, 3, 6)), choice.choice(MASKS)
-            options = {"rows": rows, "kind": kind, "seed": choice.randrange(1000), "grad": choice.random() < 0.6}
+            training, call = choice.random() < 0.5, drawn_call((1, 2, 3, 6))
+            options = {"call": call, "seed": choice.randrange(1000), "grad": choice.random() < 0.6}
             state = copy.deepcopy((own, twin))
             wanted, found = (observed(each.train(training), **options) for each in (own, twin))
             if wanted is None or found is None:  # an error of either is allowed, and what it does before
                 own, twin = state
                 continue
             where = f"seed {seed}: {base.names}, {options}, training={training}"
-            assert found.keys() == wanted.keys() and type(found["output"]) is type(wanted["output"]), where
+            assert found.keys() == wanted.keys() and found.pop("type") == wanted.pop("type"), where
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=where)
     return "right"
 
 
 @pytest.mark.needs("torch>=2.9")
-@pytest.mark.parametrize(("branches", "count"), [(False, 32), (True, 8)], ids=["torch.fx", "torch.export"])
-def test_graphs_are_right_or_refused(branches: bool, count: int) -> None:
+@pytest.mark.parametrize(
+    ("branches", "other", "count"),
+    [(False, False, 32), (True, False, 8), (False, True, 12), (True, True, 8)],
+    ids=["torch.fx", "torch.export", "torch.fx, other signatures", "torch.export, other signatures"],
+)
+def test_graphs_are_right_or_refused(branches: bool, other: bool, count: int) -> None:
     """`RANDOM_PROGRAMS=150 pytest -s` checks 150 programs for each; no two are the same."""
-    count = int(os.environ.get("RANDOM_PROGRAMS", count))
-    ways = Counter(check(seed, branches=branches) for seed in range(1000 * branches, 1000 * branches + count))
+    count, start = int(os.environ.get("RANDOM_PROGRAMS", count)), 1000 * branches + 2000 * other
+    ways = Counter(check(seed, branches=branches, other=other) for seed in range(start, start + count))
     print(f"{ways['right']} equal, {ways['refused']} refused, 0 wrong")
-    assert ways["right"] > count // 3 and ways["refused"]
+    assert ways["right"] > count // (6 if other else 3) and ways["refused"]

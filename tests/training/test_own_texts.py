@@ -9,8 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import VOCABULARY, bert, gpt2, llama, t5, vit
+from tiny import bert, gpt2, llama, t5, vit
 from tiny_tokenizer import WORDS, tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 import hra_fx
@@ -60,13 +61,14 @@ def drawn(model: Any, first: Tensor, length: int, generator: torch.Generator) ->
     return ids
 
 
-def written_by_hand(model: Any, rows: tuple[int, ...], length: int, seed: int) -> list[Tensor]:
+def written_by_hand(model: Any, rows: tuple[int, ...], length: int, seed: int, start: list[int] = []) -> list[Tensor]:  # noqa: B006
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.ones(VOCABULARY)
+    uniform = torch.ones(model.config.vocab_size)
     uniform[SPECIAL] = 0
     batches = []
     for count in rows:
         first = torch.multinomial(uniform.expand(count, -1), 1, generator=generator)
+        first = torch.cat([torch.tensor(start).long().expand(count, -1), first], 1)
         batches.append(drawn(model, first, length, generator))
     return batches
 
@@ -112,6 +114,15 @@ def test_a_chat_template_and_special_tokens_of_a_tokenizer() -> None:
     words.chat_template = None
     ids = hra_fx.own_texts(padded, 40, 9, 40, tokenizer=words)[0]["input_ids"]
     assert set(ids.flatten().tolist()) == set(range(5, len(WORDS)))
+
+
+def test_after_the_special_token_of_a_start_the_first_token_is_drawn_uniformly() -> None:
+    base, words = llama(vocab_size=len(WORDS)).eval(), tokenizer()
+    words.add_special_tokens({"bos_token": "<unk>"})
+    words.chat_template = None
+    words._tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    found = hra_fx.own_texts(base, 40, 4, 40, seed=7, tokenizer=words)
+    torch.testing.assert_close(found[0]["input_ids"], written_by_hand(base, (40,), 4, seed=7, start=[1])[0])
 
 
 @pytest.mark.parametrize("make", [bert, vit, t5, lambda: llama("LlamaModel"), lambda: nn.Linear(4, 4)])

@@ -74,10 +74,12 @@ def made(make: Make) -> Any:
 
 
 def trainer_of(make: Make, folder: Path, count: int, fsdp: dict[str, Any]) -> Trainer:
-    """Each of two processes gets half of a batch, and under DDP samples of its own to keep."""
+    """Each of two processes gets half of a batch, and under DDP in two parts, and samples of its own to keep."""
+    parts = 1 if fsdp else 2
     more = {"fsdp": True, "fsdp_config": {"version": 2, **fsdp}} if fsdp else {}
     arguments = TrainingArguments(
-        **{"output_dir": str(folder), "max_steps": count, "per_device_train_batch_size": 4, "learning_rate": 0.01},
+        **{"output_dir": str(folder), "max_steps": count, "per_device_train_batch_size": 4 // parts},
+        **{"learning_rate": 0.01, "gradient_accumulation_steps": parts},
         **{"lr_scheduler_type": "constant", "max_grad_norm": 0.01, "use_cpu": True, "report_to": [], "save_steps": 2},
         **{"logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False},
         **{"train_sampling_strategy": "sequential", **more},

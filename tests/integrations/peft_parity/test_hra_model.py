@@ -9,21 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from model.many import refuses
 from oracles import dense_vectors, relative_error
 from peft_sides import F64, Net, by_peft, by_us, net, opened_by_peft, randomise, tokens, trained
 
 import hra_fx
 
 FIELDS: dict[str, Any] = {"r": 2, "target_modules": ["query", "value"], "init_weights": False}
-OTHERS: dict[str, Any] = {"r": 4, "target_modules": ["out"], "init_weights": False}
-
-
-def test_how_it_is_made() -> None:
-    base = net(F64)
-    ours = hra_fx.get_peft_model(base, hra_fx.HRAConfig(**FIELDS), "mine")
-    assert isinstance(ours, hra_fx.HRAModel) and ours is ours.get_base_model() is base
-    assert list(ours.peft_config) == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -47,29 +38,6 @@ def test_the_same_seed_draws_pefts_vectors(r: int, apply_GS: bool, init_weights:
         assert got[name].dtype == u.dtype
         torch.testing.assert_close(dense_vectors(got[name]).float(), u, rtol=1e-6, atol=0)
     assert torch.equal(after_ours, after_theirs)
-
-
-GOOD = hra_fx.HRAConfig(**FIELDS)
-
-
-@pytest.mark.parametrize("broken", [{}, None, "all-linear", {"a": GOOD}])
-def test_a_broken_configuration_leaves_the_model_as_it_was(broken: Any) -> None:
-    base = net(F64)
-    with refuses(base, "`config` must be an hra_fx.HRAConfig or a peft.HRAConfig", hra_fx.HRAError):
-        hra_fx.get_peft_model(base, broken, "a")
-
-
-def test_add_adapter_and_what_a_merge_of_some_adapters_removes() -> None:
-    model = hra_fx.get_peft_model(net(F64), GOOD, "a")
-    before = model(tokens())
-    model.add_adapter(adapter_name="b", peft_config=hra_fx.HRAConfig(**OTHERS))
-    assert list(model.peft_config) == ["a", "b"] and model.active_adapters == ["a"]
-    assert torch.equal(model(tokens()), before)
-    assert model.body.layers[0].out.hra_u["b"].shape == (8, 2, 2)
-    model.set_adapter("b")
-    with pytest.warns(hra_fx.HRAWarning, match=r"^adapters \['b'\] were not active and are removed"):
-        merged = model.merge_and_unload(adapter_names=["a"])
-    assert type(merged) is Net and relative_error(merged(tokens()), before) < 1e-12
 
 
 def randomised(**fields: Any) -> Any:
