@@ -61,7 +61,9 @@ def drawn(model: Any, first: Tensor, length: int, generator: torch.Generator) ->
     return ids
 
 
-def written_by_hand(model: Any, rows: tuple[int, ...], length: int, seed: int, start: list[int] = []) -> list[Tensor]:  # noqa: B006
+def written_by_hand(
+    model: Any, rows: tuple[int, ...], length: int, seed: int, start: tuple[int, ...] = ()
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.ones(model.config.vocab_size)
     uniform[SPECIAL] = 0
@@ -122,7 +124,7 @@ def test_after_the_special_token_of_a_start_the_first_token_is_drawn_uniformly()
     words.chat_template = None
     words._tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
     found = hra_fx.own_texts(base, 40, 4, 40, seed=7, tokenizer=words)
-    torch.testing.assert_close(found[0]["input_ids"], written_by_hand(base, (40,), 4, seed=7, start=[1])[0])
+    torch.testing.assert_close(found[0]["input_ids"], written_by_hand(base, (40,), 4, seed=7, start=(1,))[0])
 
 
 @pytest.mark.parametrize("make", [bert, vit, t5, lambda: llama("LlamaModel"), lambda: nn.Linear(4, 4)])
