@@ -266,13 +266,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {
     **{name: (before, act, WEIGHTS_NAME, text, CheckpointError) for name, (before, act, text) in WEIGHTS.items()},
     "no rank": (CHAIN, with_config(r=0), CONFIG_NAME, "`r` must be a positive int, got 0.", ConfigError),
-    "tokens of 0.4": (
-        CHAIN,
-        with_config(trainable_token_indices=[1]),
-        CONFIG_NAME,
-        "HRAConfig: `trainable_token_indices` was removed in 0.5. To train the embeddings, use ",
-        ConfigError,
-    ),
     "no configuration": (CHAIN, without(CONFIG_NAME), CONFIG_NAME, NO_FILE, CheckpointError),
     "other targets": (
         CHAIN,
