@@ -273,9 +273,6 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 #: The key of `GraphModule.meta` for attributes that fx sets in each deepcopy.
 KEPT_ATTRIBUTES = "_user_preserved_attributes"
-#: Begin and end a block of `torch.autocast` in a graph. fx keeps these calls although nothing uses their result.
-_AMP: Any = torch.amp
-ENTER_AUTOCAST, EXIT_AUTOCAST = _AMP._enter_autocast, _AMP._exit_autocast
 #: The operator that checks the dtype and device of a tensor before a cast.
 ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
 

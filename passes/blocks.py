@@ -1,4 +1,4 @@
-"""Inline the blocks of a captured call that run without gradients or without autocast.
+"""Inline the blocks of a captured call that run without gradients.
 
     with torch.no_grad():
         scale = x.abs().mean()          becomes          abs = x.abs();  mean = abs.mean();  scale = mean.detach()
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hra_fx.compat import ENTER_AUTOCAST, EXIT_AUTOCAST, is_higher_order, schema_of
+from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.passes.nodes import attribute, line_of
 
@@ -23,31 +23,25 @@ _SAME = (_ATEN.to, _ATEN.alias, _ATEN.type_as, _ATEN.contiguous, _ATEN.flatten, 
 
 
 def inline_blocks(module: fx.GraphModule) -> None:
-    """Inline the blocks without gradients or without autocast of a program of `torch.export`, in place.
+    """Inline the blocks without gradients of a program of `torch.export`, in place.
 
     Raises:
-        CaptureError: a block without gradients writes into a tensor or may return its input, or there is another block,
-            such as one of `torch.cond`.
+        CaptureError: such a block writes into a tensor or may return its input, or there is another block, such as one
+            of `torch.cond`.
     """
     for block in [node for node in module.graph.nodes if is_higher_order(node.target)]:
-        name = str(block.target)
-        is_autocast = name == "wrap_with_autocast" and block.args[2] is False  # an error in it would leave it enabled
-        if not is_autocast and (name != "wrap_with_set_grad_enabled" or block.args[0] is not False):
+        if str(block.target) != "wrap_with_set_grad_enabled" or block.args[0] is not False:
             raise CaptureError(f"it runs a block of operators ({block.target}){_line(module, block)}")
-        settings, (read, *inputs) = (block.args[:4], block.args[4:]) if is_autocast else ((), block.args[1:])
+        _, read, *inputs = block.args
         body: Any = attribute(module, read.target)
         inline_blocks(body)
-        if not is_autocast:
-            _check(body.graph)
+        _check(body.graph)
         copies = dict(zip(body.graph.find_nodes(op="placeholder"), inputs, strict=True))
         with module.graph.inserting_before(block):
-            entered = module.graph.call_function(ENTER_AUTOCAST, settings) if is_autocast else None
             results: Any = module.graph.graph_copy(body.graph, copies)
-            if entered:
-                module.graph.call_function(EXIT_AUTOCAST, (entered,))
             for node in list(block.users):  # each takes one of the results
                 result = results[node.args[1]]
-                if not is_autocast and result not in inputs and isinstance(result.meta.get("val"), Tensor):
+                if result not in inputs and isinstance(result.meta.get("val"), Tensor):
                     meta = result.meta
                     result = module.graph.call_function(torch.ops.aten.detach.default, (result,))
                     result.meta = dict(meta)

@@ -24,11 +24,9 @@ from hra_fx.errors import AdapterError
 
 
 class Normed(Branches):
-    """Casts as the norms of language models do, and computes without autocast."""
+    """Casts, as the norms of language models do."""
 
     def middle(self, hidden: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            hidden = hidden.float() @ hidden.float().mT @ hidden.float()
         return hidden * torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + 1e-6)
 
 

@@ -87,6 +87,7 @@ CAPTURES: dict[str, tuple[type[nn.Module], str]] = {
     ),
     "values": (middle(clamped), f"torch.export fails {LINE} .*data-dependent"),
     "autocast": (middle(rounded), f"it runs a block of operators .wrap_with_autocast. {LINE}"),
+    "autocast off": (middle(widened), f"it runs a block of operators .wrap_with_autocast. {LINE}"),
     "write": (
         middle(lambda self, hidden: torch.no_grad()(hidden.mul_)(2) + hidden),
         f"it writes into a tensor.* {LINE}",
